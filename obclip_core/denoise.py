@@ -1,0 +1,296 @@
+"""Algorithm 1: k steps on all candidates by the cloud, one pick, the other T - k steps by the device.
+
+Cloud-only is ``k=T`` with one candidate, device-only is ``k=0``, Hybrid SD is one candidate and k between, vanilla OG
+is all candidates and ``k=T``: arguments of the same three functions ``run``, ``finish``, ``decode``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from obclip_core.handover import HandOver, draws, fresh, matching_shift, resume, state_of
+from obclip_core.worlds import Conditioning, World, condition, config
+
+__all__ = ["HandOver", "Offer", "Result", "Secret", "Split", "decode", "finish", "generate", "matching_shift", "noised",
+           "run"]
+
+OnStep = Callable[[int, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Who takes which of T steps: the first k on one side, the rest on the other (switch point k, 0..T).
+
+    ``first`` names the side that begins: the cloud (the paper's order) or the device (the client-first order of
+    Figure 3). A step-distilled cloud walks ``cloud_T`` steps of its own, and the device joins its T steps at k + shift
+    (Figure 13). ``hand_over`` is "exact" (the scheduler's state travels too) or "restart" (the latent alone).
+    """
+
+    T: int = 25
+    k: int = 10
+    first: str = "cloud"
+    cloud_T: int | None = None
+    shift: int = 0
+    hand_over: str = "exact"
+
+    def __post_init__(self) -> None:
+        for name in ("T", "k", "shift", *(("cloud_T",) if self.cloud_T is not None else ())):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a whole number")
+        if self.T < 1 or (self.cloud_T is not None and self.cloud_T < 1):
+            raise ValueError(f"T is {self.T} and cloud_T {self.cloud_T}, expected at least one step")
+        if not 0 <= self.k <= self.steps:
+            raise ValueError(f"k is {self.k}, expected 0..{self.steps}, the first side's number of steps")
+        if not 0 <= self.join <= self.T:
+            raise ValueError(f"k + shift is {self.join}, expected 0..{self.T}: the step at which the second side joins")
+        if self.first not in ("cloud", "device"):
+            raise ValueError(f"first is {self.first!r}, expected 'cloud' or 'device'")
+        if self.first == "device" and (self.cloud_T is not None or self.shift):
+            raise ValueError("cloud_T and shift are for a cloud that goes first: leave them out with first='device'")
+        if self.hand_over not in ("exact", "restart"):
+            raise ValueError(f"hand_over is {self.hand_over!r}, expected 'exact' or 'restart'")
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of the first side's schedule."""
+        return self.cloud_T or self.T
+
+    @property
+    def join(self) -> int:
+        """The step of the T at which the second side takes over."""
+        return self.k + self.shift
+
+    @property
+    def second(self) -> str:
+        return "device" if self.first == "cloud" else "cloud"
+
+    @property
+    def cloud_steps(self) -> int:
+        return self.k if self.first == "cloud" else self.T - self.join
+
+    @property
+    def device_steps(self) -> int:
+        return self.T - self.join if self.first == "cloud" else self.k
+
+
+@dataclass(frozen=True)
+class Offer:
+    """All that the cloud is told: candidates, seed, split, acceleration. Never which candidate is real."""
+
+    candidates: tuple[str, ...]
+    seed: int
+    split: Split = Split()
+    acceleration: Any = None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.candidates, tuple) and self.candidates
+                and all(isinstance(text, str) for text in self.candidates)):
+            raise ValueError("the candidates are not a tuple of at least one text: use prompts.candidates(prompt)")
+        if len(set(self.candidates)) < len(self.candidates):
+            raise ValueError("the same candidate is offered twice: every candidate may occur once")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"the seed is {self.seed!r}, expected a whole number from 0 to 2**63 - 1")
+        if not isinstance(self.split, Split):
+            raise ValueError(f"the split is {self.split!r}, expected a Split")
+        if self.split.first == "device" and (self.N > 1 or self.acceleration is not None):
+            raise ValueError("when the device goes first the cloud finishes the real prompt alone: offer one candidate "
+                             "and no acceleration")
+
+    @property
+    def N(self) -> int:
+        return len(self.candidates)
+
+
+@dataclass(frozen=True)
+class Secret:
+    """The index of the real candidate. It stays on the device, and out of every printed representation."""
+
+    index: int = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.index, bool) or not isinstance(self.index, int) or self.index < 0:
+            raise ValueError("a secret's index is a whole number from 0 up")
+
+    def check(self, N: int) -> None:
+        if self.index >= N:
+            raise ValueError(f"the secret points outside the {N} candidates")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A picture (3, H, W) in [0, 1], its latent (1, C, h, w), the hand-over, and the seconds that each side took."""
+
+    image: torch.Tensor
+    latent: torch.Tensor
+    hand_over: HandOver
+    seconds: dict[str, float]
+
+
+@torch.no_grad()
+def run(world: World, offer: Offer, *, start: HandOver | None = None, memory_limit: int | None = None,
+        on_step: OnStep | None = None) -> HandOver:
+    """Lines 3 and 4 of Algorithm 1: repeat one noise z_T for all N candidates and take the first k steps on them.
+
+    ``start`` (see ``noised``) begins from a picture instead of noise. ``memory_limit`` bounds the bytes of one U-Net
+    call; ``on_step(step, latents)`` is told every step. The hand-over holds (N, C, h, w).
+    """
+    split, N, unet = offer.split, offer.N, world.unet(offer.split.first)
+    first = start.step if start else 0
+    scheduler = fresh(world.schedulers[split.first], split.steps, first, world.torch_device)
+    text = condition(world, split.first, offer.candidates)
+
+    noise = torch.Generator("cpu").manual_seed(offer.seed)
+    z_T = scheduler.init_noise_sigma * _draw(world, noise)
+    if start:
+        start.check(world, split, step=first, N=1, mode="restart")
+    x = (start.latents if start else z_T).repeat(N, 1, 1, 1)
+
+    chunks = _chunks(unet, x, text, memory_limit)
+    with _accelerated(offer.acceleration, unet, N, text.guided) as at:
+        x = _denoise(unet, scheduler, range(first, split.k), x, text, world.guidance[split.first],
+                     [noise.clone_state() for _ in range(N)], chunks, at, on_step)
+
+    mode = _mode(world, split)
+    state = state_of(scheduler, split.steps, split.k, x) if mode == "exact" else {}
+    return HandOver(x, split.k, split.steps, config(scheduler), state, mode)
+
+
+@torch.no_grad()
+def finish(world: World, offer: Offer, hand_over: HandOver, secret: Secret, *,
+           on_step: OnStep | None = None) -> torch.Tensor:
+    """Lines 5 and 6 of Algorithm 1: pick the real candidate's latent and take the other steps on it alone.
+
+    A hand-over that was already picked is taken as it is. Returns (1, C, h, w); ValueError for a hand-over that was
+    made under another configuration, shape, step or precision, naming the difference.
+    """
+    split, unet = offer.split, world.unet(offer.split.second)
+    secret.check(offer.N)
+    hand_over.check(world, split, step=split.k, N=offer.N, mode=_mode(world, split))
+    picked = (hand_over if hand_over.N == 1 else hand_over.pick(secret)).to(world.torch_device)
+    scheduler = resume(fresh(world.schedulers[split.second], split.T, split.join, world.torch_device), picked.state)
+    text = condition(world, split.second, [offer.candidates[secret.index]])
+
+    noise = torch.Generator("cpu").manual_seed(offer.seed)
+    for _ in range(1 + split.k):  # pass over the first side's draws: z_T, and at most one a step
+        _draw(world, noise)
+
+    return _denoise(unet, scheduler, range(split.join, split.T), picked.latents, text, world.guidance[split.second],
+                    [noise], on_step=on_step)
+
+
+@torch.no_grad()
+def decode(world: World, latents: torch.Tensor, chunk: int = 8) -> torch.Tensor:
+    """Line 7 of Algorithm 1: latents (N, C, h, w) to pictures (N, 3, H, W) in [0, 1], ``chunk`` at a time."""
+    vae = world.vae
+    if vae is None:
+        raise ValueError(f"this half of world {world.name} has no VAE: pictures are decoded on the device")
+    x = latents.to(world.torch_device, vae.dtype) / getattr(vae.config, "scaling_factor", 1.0)
+    x = x + (getattr(vae.config, "shift_factor", None) or 0.0)
+    return torch.cat([(vae.decode(few).sample / 2 + 0.5).clamp(0, 1).float() for few in x.split(chunk)])
+
+
+def generate(world: World, offer: Offer, secret: Secret, *, memory_limit: int | None = None) -> Result:
+    """Algorithm 1 as a whole, in one process: run, finish, decode, with the seconds that the cloud and device took."""
+    clock = [_now(world)]
+    hand_over = run(world, offer, memory_limit=memory_limit)
+    clock.append(_now(world))
+    latent = finish(world, offer, hand_over, secret)
+    clock.append(_now(world))
+    image = decode(world, latent)[0]
+    seconds = {offer.split.first: clock[1] - clock[0], offer.split.second: clock[2] - clock[1]}
+    seconds["device"] += _now(world) - clock[2]
+    return Result(image, latent, hand_over, seconds)
+
+
+@torch.no_grad()
+def noised(world: World, picture: torch.Tensor, split: Split, step: int, seed: int | None = None) -> HandOver:
+    """Image-to-image: a picture (1, 3, H, W) in [0, 1] as a start for ``run`` at ``step``, encoded and noised here.
+
+    The noise is the device's own: with the offer's public seed the cloud could subtract it. Fewer than all its steps
+    of noise leave something of the picture readable, the more the later ``step`` is.
+    """
+    scheduler = fresh(world.schedulers[split.first], split.steps, step, world.torch_device)
+    vae, own = world.vae, torch.Generator("cpu")
+    own.seed() if seed is None else own.manual_seed(seed)
+    x = vae.encode(picture.to(world.torch_device, vae.dtype) * 2 - 1).latent_dist.mean
+    x = (x - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+    x = scheduler.add_noise(x.to(world.dtype), _draw(world, own), scheduler.timesteps[step:step + 1])
+    return HandOver(x, step, split.steps, config(scheduler), mode="restart")
+
+
+def _denoise(unet: Any, scheduler: Any, steps: range, x: torch.Tensor, text: Conditioning, w: float,
+             noise: list[torch.Generator], chunks: tuple[slice, ...] = (slice(None),),
+             at: Any = lambda i, rows: nullcontext(), on_step: OnStep | None = None) -> torch.Tensor:
+    """The loop of Algorithm 1: the U-Net sees the candidates a chunk at a time, the scheduler steps all at once."""
+    for i in steps:
+        t = scheduler.timesteps[i]
+        z = scheduler.scale_model_input(x, t)
+        predictions = []
+        for rows in chunks:
+            with at(i, rows):
+                predictions.append(_predict(unet, z[rows], t, text[rows], text.guided, w))
+        x = scheduler.step(torch.cat(predictions), t, x, return_dict=False, **draws(scheduler, noise))[0]
+        if on_step is not None:
+            on_step(i, x)
+    return x
+
+
+def _predict(unet: Any, z: torch.Tensor, t: torch.Tensor, text: dict[str, Any], guided: bool, w: float) -> torch.Tensor:
+    """Classifier-free guidance: e = e(z, nothing) + w (e(z, prompt) - e(z, nothing)), both from one call."""
+    if not guided:
+        return unet(z, t, **text).sample
+    nothing, prompt = unet(torch.cat([z, z]), t, **text).sample.chunk(2)
+    return nothing + w * (prompt - nothing)
+
+
+def _draw(world: World, noise: torch.Generator) -> torch.Tensor:
+    return torch.randn(1, *world.shape, generator=noise, dtype=world.dtype).to(world.torch_device)
+
+
+def _mode(world: World, split: Split) -> str:
+    """A scheduler's state can only travel between two walks over one schedule; any other pair restarts."""
+    one = split.steps == split.T and not split.shift and config(world.schedulers["cloud"]) == config(
+        world.schedulers["device"])
+    return split.hand_over if one else "restart"
+
+
+@contextmanager
+def _accelerated(schedule: Any, unet: Any, N: int, guided: bool) -> Iterator[Any]:
+    if schedule is None:
+        yield lambda step, rows: nullcontext()
+    else:
+        with schedule.applied(unet, candidates=N, guided=guided) as at:
+            yield at
+
+
+def _chunks(unet: Any, x: torch.Tensor, text: Conditioning, memory_limit: int | None) -> tuple[slice, ...]:
+    """Slices of candidates whose U-Net call stays within ``memory_limit`` bytes of activations; one at least."""
+    N = len(x)
+    most = N if memory_limit is None else max(1, int(memory_limit // call_bytes(unet, x.shape[1:], text.guided)))
+    return tuple(slice(i, min(i + most, N)) for i in range(0, N, most))
+
+
+def call_bytes(unet: Any, shape: tuple[int, ...], guided: bool = True) -> int:
+    """Bytes of activations that one candidate takes in a U-Net call, estimated from shapes (weights not counted).
+
+    The skip connections stay until the way up reads them; beside them the widest layer holds about twelve maps of its
+    own size at once (a feed-forward of four times its width, gated, with its input and output).
+    """
+    sides = [shape[1] * shape[2] / 4**level for level in range(len(unet.config.block_out_channels))]
+    maps = [channels * side for channels, side in zip(unet.config.block_out_channels, sides, strict=True)]
+    layers = unet.config.layers_per_block
+    depth = layers if isinstance(layers, (list, tuple)) else [layers] * len(maps)
+    skips = sum((n + 1) * size for n, size in zip(depth, maps, strict=True))
+    return int((skips + 12 * max(maps)) * unet.dtype.itemsize * (2 if guided else 1))
+
+
+def _now(world: World) -> float:
+    if world.torch_device.type == "cuda":
+        torch.cuda.synchronize(world.torch_device)
+    return time.perf_counter()

@@ -1,0 +1,186 @@
+"""The hand-over: what comes back from the first side, and what the second needs to go on exactly where it stopped.
+
+A multistep scheduler remembers earlier predictions. They are found by asking the scheduler itself, not by knowing it:
+its state is whatever differs from a fresh copy of it, less what no later step reads.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from obclip_core.worlds import config
+
+
+@dataclass(frozen=True, eq=False)
+class HandOver:
+    """One latent a candidate after ``step`` steps, and the scheduler's state (empty: the second side restarts it).
+
+    ``latents`` is (N, C, h, w) in the precision it was computed in, ``T`` the number of steps of the schedule it was
+    made on and ``scheduler`` that schedule's configuration, so that another one is refused by name.
+    """
+
+    latents: torch.Tensor
+    step: int
+    T: int
+    scheduler: Mapping[str, Any]
+    state: Mapping[str, Any] = field(default_factory=dict)
+    mode: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.latents.ndim != 4 or not self.latents.is_floating_point():
+            raise ValueError(f"a hand-over's latents are {self.latents.dtype} of shape {tuple(self.latents.shape)}, "
+                             "expected floating point of shape (N, C, h, w)")
+        if not 0 <= self.step <= self.T:
+            raise ValueError(f"the hand-over's step is {self.step}, expected 0..{self.T}")
+        if self.mode not in ("exact", "restart") or (self.mode == "restart" and self.state):
+            raise ValueError(f"the hand-over's mode is {self.mode!r} with {len(self.state)} state entries, expected "
+                             "'exact', or 'restart' and none")
+
+    @property
+    def N(self) -> int:
+        return len(self.latents)
+
+    def pick(self, secret: Any) -> HandOver:
+        """The hand-over of one candidate: line 5 of Algorithm 1. The choice happens here, on the device."""
+        secret.check(self.N)
+        return self._each(lambda tensor: tensor[secret.index:secret.index + 1])
+
+    def to(self, torch_device: Any) -> HandOver:
+        """The same hand-over, its tensors on ``torch_device``."""
+        return self._each(lambda tensor: tensor.to(torch_device))
+
+    def check(self, world: Any, split: Any, *, step: int, N: int, mode: str) -> None:
+        """ValueError, with the difference named, unless this hand-over was made as ``world`` and ``split`` expect."""
+        here = config(world.schedulers[split.first])
+        for key in sorted({*here, *self.scheduler}, key=lambda key: (key != "_class_name", key)):
+            if self.scheduler.get(key) != here.get(key):
+                _refuse(f"with a scheduler whose {key.lstrip('_')} is {self.scheduler.get(key)!r}", repr(here.get(key)))
+        for what, made, expected in (
+            ("on a schedule of {} steps", self.T, split.steps),
+            ("up to step {}", self.step, step),
+            ("with latents of shape {}", tuple(self.latents.shape[1:]), tuple(world.shape)),
+            ("in {}", str(self.latents.dtype).removeprefix("torch."), str(world.dtype).removeprefix("torch.")),
+            ("for {} hand-over", self.mode, mode),
+        ):
+            if made != expected:
+                _refuse(what.format(made), str(expected))
+        if self.N not in (1, N):
+            _refuse(f"for {self.N} candidates", str(N))
+
+    def _each(self, do: Any) -> HandOver:
+        return replace(self, latents=do(self.latents), state=_each(self.state, self.latents.shape, do))
+
+
+def _refuse(made: str, here: str) -> None:
+    raise ValueError(f"the hand-over was made {made}, here it is {here}: both sides must use one world and one split")
+
+
+def fresh(scheduler: Any, T: int, step: int = 0, torch_device: Any = None) -> Any:
+    """A copy of ``scheduler``, set to T steps and about to take step ``step`` with no memory of earlier ones."""
+    scheduler = type(scheduler).from_config(scheduler.config)
+    scheduler.set_timesteps(T, device=torch_device)
+    if len(scheduler.timesteps) != T:
+        raise ValueError(f"{type(scheduler).__name__} makes {len(scheduler.timesteps)} model calls in {T} steps; "
+                         "a split needs one call a step: use DPM-Solver++, DDIM or Euler")
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(step)
+    return scheduler
+
+
+def state_of(scheduler: Any, T: int, step: int, latents: torch.Tensor) -> dict[str, Any]:
+    """What ``scheduler`` remembers after ``step`` of T steps over ``latents``, as far as the steps left read it."""
+    new = fresh(scheduler, T, 0, latents.device)
+    state = {key: value for key, value in vars(scheduler).items() if not _same(value, vars(new).get(key))}
+    corner = latents[:1, :, :1, :1]
+    small = _each(state, latents.shape, lambda tensor: tensor[:1, :, :1, :1])
+    whole = _rest(new, small, step, corner)
+    for key, value in state.items():
+        for at in range(len(value)) if isinstance(value, list) else (None,):
+            less = _without(small, key, at)
+            if less is not None and _same(_rest(new, less, step, corner), whole):
+                small, state = less, _without(state, key, at)
+    return state
+
+
+def resume(scheduler: Any, state: Mapping[str, Any]) -> Any:
+    """Give ``scheduler``, fresh from the same configuration, the memory of the one that ``state`` was taken from."""
+    vars(scheduler).update(copy.deepcopy(dict(state)))
+    return scheduler
+
+
+def _each(state: Any, shape: torch.Size, do: Any) -> Any:
+    """``state`` with ``do`` done to every tensor of the latents' shape: all else belongs to all candidates alike."""
+    if isinstance(state, Mapping):
+        return {key: _each(value, shape, do) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_each(value, shape, do) for value in state]
+    return do(state) if isinstance(state, torch.Tensor) and state.shape == shape else state
+
+
+def log_snr(scheduler: Any, timestep: Any) -> float:
+    """Log signal-to-noise ratio of a latent about to take ``timestep``, which may lie between two trained ones."""
+    a = scheduler.alphas_cumprod.double()
+    t = float(timestep)
+    low, high = int(t), min(int(t) + 1, len(a) - 1)
+    snr = torch.log(a) - torch.log1p(-a)
+    return float(snr[low] + (t - low) * (snr[high] - snr[low]))
+
+
+def matching_shift(cloud_scheduler: Any, device_scheduler: Any, split: Any) -> int:
+    """The shift that joins the device's schedule where its noise level is nearest to the cloud's after k steps.
+
+    Nearest in log SNR: argmin_j |log SNR_device(t_j) - log SNR_cloud(t_k)| - k. ValueError for k = cloud_T, where no
+    noise is left to match.
+    """
+    steps = split.cloud_T or split.T
+    if not split.k < steps:
+        raise ValueError(f"k is {split.k}, expected less than the cloud's {steps} steps: after the last there is "
+                         "no noise to match")
+    cloud, device = fresh(cloud_scheduler, steps), fresh(device_scheduler, split.T)
+    level = log_snr(cloud, cloud.timesteps[split.k])
+    gaps = [abs(log_snr(device, t) - level) for t in device.timesteps]
+    return gaps.index(min(gaps)) - split.k
+
+
+def _rest(scheduler: Any, state: Mapping[str, Any], step: int, x: torch.Tensor) -> list[torch.Tensor] | None:
+    """The steps that are left, on a corner of the latents and with made-up predictions; None where they fail."""
+    scheduler, walked = resume(copy.deepcopy(scheduler), state), []
+    try:
+        for i, t in enumerate(scheduler.timesteps[step:]):
+            scheduler.scale_model_input(x, t)
+            x = scheduler.step(torch.full_like(x, i % 7 - 3), t, x, **draws(scheduler, 0), return_dict=False)[0]
+            walked.append(x)
+    except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):
+        return None
+    return walked
+
+
+def draws(scheduler: Any, seed: int | list[torch.Generator]) -> dict[str, Any]:
+    """The keyword argument with which a stochastic ``scheduler`` takes its noise from ``seed``; none for the others."""
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        return {}
+    return {"generator": torch.Generator("cpu").manual_seed(seed) if isinstance(seed, int) else seed}
+
+
+def _without(state: Mapping[str, Any], key: str, at: int | None) -> dict[str, Any] | None:
+    """``state`` with one tensor left out; None where there is no tensor at that place."""
+    value = state[key] if at is None else state[key][at]
+    if not isinstance(value, torch.Tensor):
+        return None
+    if at is None:
+        return {other: kept for other, kept in state.items() if other != key}
+    return {**state, key: [None if i == at else kept for i, kept in enumerate(state[key])]}
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and bool(torch.equal(a.cpu(), b.cpu()))
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return type(a) is type(b) and bool(a == b)

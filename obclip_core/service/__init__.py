@@ -1,0 +1,1 @@
+"""The wire: how an offer travels up and a hand-over comes back."""

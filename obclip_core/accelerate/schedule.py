@@ -1,0 +1,167 @@
+"""A schedule says which technique is on at which step: plain data that drives the cloud and the bill alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from obclip_core.accelerate import cache, deepcache, encoder, merge, reuse, skip, tgate
+from obclip_core.accelerate.request import Request, hooked
+
+# outermost first: what is kept whole hides what would be computed inside
+TECHNIQUES = {module.NAME: module for module in (tgate, cache, reuse, merge, deepcache, skip, encoder)}
+BLOCKS = ("skip", "encoder", "deepcache")
+KEEPING = ("cache", "tgate", *BLOCKS)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps (0 .. k-1, ascending) at which each technique is on; a step that is named nowhere runs plainly.
+
+    reuse      batch reuse from candidate ``pivot``'s maps (Algorithm 2), with the map written out if ``plain``
+    cache      attention outputs kept from the last step at which it was off
+    skip       down and mid blocks' features kept from the last step at which it was off
+    tgate, encoder, deepcache, merge
+               the competition: T-GATE, encoder propagation, DeepCache at ``branch``, Token Merging of
+               ``merge_ratio`` of the tokens down to ``merge_depth`` halvings
+
+    The paper's points are ``points(k, r, s)``. ValueError where a technique has nothing to keep from.
+    """
+
+    reuse: tuple[int, ...] = ()
+    cache: tuple[int, ...] = ()
+    skip: tuple[int, ...] = ()
+    tgate: tuple[int, ...] = ()
+    encoder: tuple[int, ...] = ()
+    deepcache: tuple[int, ...] = ()
+    merge: tuple[int, ...] = ()
+    pivot: int = 0
+    plain: bool = False
+    branch: int = 0
+    merge_ratio: float = 0.5
+    merge_depth: int = 0
+
+    def __post_init__(self) -> None:
+        for name in TECHNIQUES:
+            steps = tuple(getattr(self, name))
+            object.__setattr__(self, name, steps)
+            if any(isinstance(step, bool) or not isinstance(step, int) or step < 0 for step in steps):
+                raise ValueError(f"{name} is {steps}, expected whole steps from 0 up")
+            if list(steps) != sorted(set(steps)):
+                raise ValueError(f"{name} is {steps}, expected each step once, in ascending order")
+            if name in KEEPING and 0 in steps:
+                raise ValueError(f"{name} is on at step 0, where nothing is kept yet: start it at step 1 or later")
+        for name in ("pivot", "branch", "merge_depth"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} is {value!r}, expected a whole number from 0 up")
+        if not 0 < self.merge_ratio < 1:
+            raise ValueError(f"merge_ratio is {self.merge_ratio!r}, expected between 0 and 1")
+        if sum(bool(getattr(self, name)) for name in BLOCKS) > 1:
+            raise ValueError("skip, encoder and deepcache keep the same blocks: use one of them in a schedule")
+        if both := sorted(set(self.reuse) & set(self.merge)):
+            raise ValueError(f"reuse and merge are both on at steps {both}, but each candidate merges its own tokens, "
+                             "which a pivot's map does not fit: keep their steps apart")
+        if self.tgate and self.tgate != tuple(range(self.tgate[0], self.tgate[0] + len(self.tgate))):
+            raise ValueError(f"tgate is {self.tgate}, expected one run of steps: guidance does not come back after it")
+
+    @classmethod
+    def points(cls, k: int, r: int | None = None, s: int | None = None, *, refresh: int | None = 5, reuse: bool = True,
+               cache: bool = True, skip: bool = True, **more: Any) -> Schedule:
+        """The paper's schedule: reuse before r, attention cache from r, block skip from s, for k steps.
+
+        ``refresh`` runs attention again on every such step after r (None: never). A point left out, or at k or beyond,
+        switches its technique off; reuse too, which would otherwise be on throughout (name its steps for that).
+        """
+        r, s = k if r is None else r, k if s is None else s
+        if k < 0 or r < 0 or s < 0:
+            raise ValueError(f"the points are k={k}, r={r}, s={s}, expected steps from 0 up")
+        if refresh is not None and refresh < 2:
+            raise ValueError(f"refresh is {refresh}, expected at least 2: the steps from one attention to the next")
+        cached = [t for t in range(r, k) if refresh is None or (t - r + 1) % refresh]
+        return cls(reuse=tuple(range(r)) if reuse and r < k else (), cache=tuple(cached) if cache else (),
+                   skip=tuple(range(s, k)) if skip else (), **more)
+
+    @classmethod
+    def gate(cls, k: int, m: int) -> Schedule:
+        """T-GATE with its gate step at m."""
+        return cls(tgate=tuple(range(m, k)))
+
+    @classmethod
+    def every(cls, technique: str, k: int, interval: int, first: int = 0, **more: Any) -> Schedule:
+        """All steps before ``first`` in full, then every ``interval``-th; ``technique`` is on at the others."""
+        if interval < 1:
+            raise ValueError(f"interval is {interval}, expected at least 1")
+        return cls(**{technique: tuple(t for t in range(first, k) if (t - first) % interval)}, **more)
+
+    def steps(self, technique: str) -> tuple[int, ...]:
+        return getattr(self, technique)
+
+    def on(self, step: int) -> frozenset[str]:
+        """Names of the techniques that are on at ``step``."""
+        return frozenset(name for name in TECHNIQUES if step in getattr(self, name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; ``from_dict`` is its inverse."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Schedule:
+        if not isinstance(data, Mapping) or not set(data) <= (known := {field.name for field in fields(cls)}):
+            raise ValueError(f"{data!r} is not a schedule: expected some of {', '.join(sorted(known))}")
+        for name in TECHNIQUES:
+            if not isinstance(data.get(name, ()), (list, tuple)):
+                raise ValueError(f"{name} is {data[name]!r}, expected a list of steps")
+        return cls(**data)
+
+    @contextmanager
+    def applied(self, unet: torch.nn.Module, *, candidates: int, guided: bool = True) -> Iterator[Request]:
+        """Accelerate one request on ``unet``: yields ``at``, and ``with at(step, rows):`` brackets each U-Net call.
+
+        Afterwards, also after an exception, the U-Net is as it was. Two requests may run on one U-Net in two threads.
+        ValueError where a technique finds nothing to act on, or meets a custom attention processor.
+        """
+        if candidates < 1 or (self.reuse and self.pivot >= candidates):
+            raise ValueError(f"the pivot is {self.pivot} of {candidates} candidates, expected 0..{candidates - 1}")
+        wanted: dict[str, tuple[Any, ...]] = {}
+        for name in self.techniques:
+            if not (found := list(TECHNIQUES[name].modules(unet, self))):
+                raise ValueError(f"{name} finds nothing to act on in this {type(unet).__name__}: leave it out")
+            for module in found:
+                wanted[module] = (*wanted.get(module, ()), TECHNIQUES[name])
+        with hooked(Request(unet, self, wanted, candidates, 2 if guided else 1)) as at:
+            yield at
+
+    @property
+    def techniques(self) -> tuple[str, ...]:
+        """Techniques that are on at some step, outermost first."""
+        return tuple(name for name in TECHNIQUES if getattr(self, name))
+
+    @property
+    def r(self) -> int | None:
+        """The first step with cached attention."""
+        return min(self.cache, default=None)
+
+    @property
+    def s(self) -> int | None:
+        """The first step with skipped blocks."""
+        return min(self.skip, default=None)
+
+
+def union(schedules: Iterable[Schedule]) -> Schedule:
+    """One schedule with all of theirs on; settings from the last."""
+    merged: dict[str, Any] = {}
+    for schedule in schedules:
+        data = asdict(schedule)
+        merged = {**data, **{name: tuple(sorted({*merged.get(name, ()), *data[name]})) for name in TECHNIQUES}}
+    return Schedule(**merged)
+
+
+NONE = Schedule()
+PAPER_K5 = Schedule.points(k=5, r=3, s=3)
+PAPER_K10 = Schedule.points(k=10, r=4, s=6)
+LCM = Schedule.points(k=4, r=2)

@@ -657,7 +657,7 @@ def paired_difference_ci(a, b, seed: int = 0, resamples: int = 2000, level: floa
 
 
 def proportion_ci(right, level: float = 0.95) -> Interval:
-    """Return the share of ones among 0/1 values (nan left out) and its Clopper-Pearson interval, exact at 0 and 1 too."""
+    """Return the share of ones among 0/1 values (nan left out) and its exact Clopper-Pearson interval."""
     values = np.asarray(right, dtype=float).ravel()
     values = values[~np.isnan(values)]
     if not len(values) or not np.isin(values, (0.0, 1.0)).all():

@@ -9,117 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from obclip_core.handover import HandOver, draws, fresh, matching_shift, resume, state_of
-from obclip_core.worlds import Conditioning, World, condition, config
+from obclip_core.messages import HandOver, Offer, Secret, Split
+from obclip_core.schedulers import config, draws, fresh, matching_shift, resume, state_of
+from obclip_core.worlds import Conditioning, World, condition
 
 __all__ = ["HandOver", "Offer", "Result", "Secret", "Split", "decode", "finish", "generate", "matching_shift", "noised",
            "run"]
 
 OnStep = Callable[[int, torch.Tensor], None]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Who takes which of T steps: the first k on one side, the rest on the other (switch point k, 0..T).
-
-    ``first`` names the side that begins: the cloud (the paper's order) or the device (the client-first order of
-    Figure 3). A step-distilled cloud walks ``cloud_T`` steps of its own, and the device joins its T steps at k + shift
-    (Figure 13). ``hand_over`` is "exact" (the scheduler's state travels too) or "restart" (the latent alone).
-    """
-
-    T: int = 25
-    k: int = 10
-    first: str = "cloud"
-    cloud_T: int | None = None
-    shift: int = 0
-    hand_over: str = "exact"
-
-    def __post_init__(self) -> None:
-        for name in ("T", "k", "shift", *(("cloud_T",) if self.cloud_T is not None else ())):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a whole number")
-        if self.T < 1 or (self.cloud_T is not None and self.cloud_T < 1):
-            raise ValueError(f"T is {self.T} and cloud_T {self.cloud_T}, expected at least one step")
-        if not 0 <= self.k <= self.steps:
-            raise ValueError(f"k is {self.k}, expected 0..{self.steps}, the first side's number of steps")
-        if not 0 <= self.join <= self.T:
-            raise ValueError(f"k + shift is {self.join}, expected 0..{self.T}: the step at which the second side joins")
-        if self.first not in ("cloud", "device"):
-            raise ValueError(f"first is {self.first!r}, expected 'cloud' or 'device'")
-        if self.first == "device" and (self.cloud_T is not None or self.shift):
-            raise ValueError("cloud_T and shift are for a cloud that goes first: leave them out with first='device'")
-        if self.hand_over not in ("exact", "restart"):
-            raise ValueError(f"hand_over is {self.hand_over!r}, expected 'exact' or 'restart'")
-
-    @property
-    def steps(self) -> int:
-        """Number of steps of the first side's schedule."""
-        return self.cloud_T or self.T
-
-    @property
-    def join(self) -> int:
-        """The step of the T at which the second side takes over."""
-        return self.k + self.shift
-
-    @property
-    def second(self) -> str:
-        return "device" if self.first == "cloud" else "cloud"
-
-    @property
-    def cloud_steps(self) -> int:
-        return self.k if self.first == "cloud" else self.T - self.join
-
-    @property
-    def device_steps(self) -> int:
-        return self.T - self.join if self.first == "cloud" else self.k
-
-
-@dataclass(frozen=True)
-class Offer:
-    """All that the cloud is told: candidates, seed, split, acceleration. Never which candidate is real."""
-
-    candidates: tuple[str, ...]
-    seed: int
-    split: Split = Split()
-    acceleration: Any = None
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.candidates, tuple) and self.candidates
-                and all(isinstance(text, str) for text in self.candidates)):
-            raise ValueError("the candidates are not a tuple of at least one text: use prompts.candidates(prompt)")
-        if len(set(self.candidates)) < len(self.candidates):
-            raise ValueError("the same candidate is offered twice: every candidate may occur once")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ValueError(f"the seed is {self.seed!r}, expected a whole number from 0 to 2**63 - 1")
-        if not isinstance(self.split, Split):
-            raise ValueError(f"the split is {self.split!r}, expected a Split")
-        if self.split.first == "device" and (self.N > 1 or self.acceleration is not None):
-            raise ValueError("when the device goes first the cloud finishes the real prompt alone: offer one candidate "
-                             "and no acceleration")
-
-    @property
-    def N(self) -> int:
-        return len(self.candidates)
-
-
-@dataclass(frozen=True)
-class Secret:
-    """The index of the real candidate. It stays on the device, and out of every printed representation."""
-
-    index: int = field(repr=False)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.index, bool) or not isinstance(self.index, int) or self.index < 0:
-            raise ValueError("a secret's index is a whole number from 0 up")
-
-    def check(self, N: int) -> None:
-        if self.index >= N:
-            raise ValueError(f"the secret points outside the {N} candidates")
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +55,7 @@ def run(world: World, offer: Offer, *, start: HandOver | None = None, memory_lim
 
     chunks = _chunks(unet, x, text, memory_limit)
     with _accelerated(offer.acceleration, unet, N, text.guided) as at:
-        x = _denoise(unet, scheduler, range(first, split.k), x, text, world.guidance[split.first],
+        x = _denoise(unet, scheduler, range(first, split.k), x, text,
                      [noise.clone_state() for _ in range(N)], chunks, at, on_step)
 
     mode = _mode(world, split)
@@ -180,8 +82,8 @@ def finish(world: World, offer: Offer, hand_over: HandOver, secret: Secret, *,
     for _ in range(1 + split.k):  # pass over the first side's draws: z_T, and at most one a step
         _draw(world, noise)
 
-    return _denoise(unet, scheduler, range(split.join, split.T), picked.latents, text, world.guidance[split.second],
-                    [noise], on_step=on_step)
+    return _denoise(unet, scheduler, range(split.join, split.T), picked.latents, text, [noise],
+                    on_step=on_step)
 
 
 @torch.no_grad()
@@ -224,7 +126,7 @@ def noised(world: World, picture: torch.Tensor, split: Split, step: int, seed: i
     return HandOver(x, step, split.steps, config(scheduler), mode="restart")
 
 
-def _denoise(unet: Any, scheduler: Any, steps: range, x: torch.Tensor, text: Conditioning, w: float,
+def _denoise(unet: Any, scheduler: Any, steps: range, x: torch.Tensor, text: Conditioning,
              noise: list[torch.Generator], chunks: tuple[slice, ...] = (slice(None),),
              at: Any = lambda i, rows: nullcontext(), on_step: OnStep | None = None) -> torch.Tensor:
     """The loop of Algorithm 1: the U-Net sees the candidates a chunk at a time, the scheduler steps all at once."""
@@ -234,19 +136,19 @@ def _denoise(unet: Any, scheduler: Any, steps: range, x: torch.Tensor, text: Con
         predictions = []
         for rows in chunks:
             with at(i, rows):
-                predictions.append(_predict(unet, z[rows], t, text[rows], text.guided, w))
+                predictions.append(_predict(unet, z[rows], t, text[rows], text))
         x = scheduler.step(torch.cat(predictions), t, x, return_dict=False, **draws(scheduler, noise))[0]
         if on_step is not None:
             on_step(i, x)
     return x
 
 
-def _predict(unet: Any, z: torch.Tensor, t: torch.Tensor, text: dict[str, Any], guided: bool, w: float) -> torch.Tensor:
+def _predict(unet: Any, z: torch.Tensor, t: torch.Tensor, words: dict[str, Any], text: Conditioning) -> torch.Tensor:
     """Classifier-free guidance: e = e(z, nothing) + w (e(z, prompt) - e(z, nothing)), both from one call."""
-    if not guided:
-        return unet(z, t, **text).sample
-    nothing, prompt = unet(torch.cat([z, z]), t, **text).sample.chunk(2)
-    return nothing + w * (prompt - nothing)
+    if not text.guided:
+        return unet(z, t, **words).sample
+    nothing, prompt = unet(torch.cat([z, z]), t, **words).sample.chunk(2)
+    return nothing + text.w * (prompt - nothing)
 
 
 def _draw(world: World, noise: torch.Generator) -> torch.Tensor:

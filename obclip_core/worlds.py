@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import math
 import re
+import socket
 import tomllib
+import urllib.parse
+import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import huggingface_hub
 import torch
 import transformers
 
@@ -200,10 +203,14 @@ def encode(world: World, prompts: Sequence[str], empty: bool = False, side: str 
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """What one U-Net is told about N prompts; ``conditioning[rows]`` are the keyword arguments of one guided call."""
+    """What one U-Net is told about N prompts, and its guidance scale w.
+
+    ``conditioning[rows]`` are the keyword arguments of one call for these candidates.
+    """
 
     prompt: Mapping[str, Any]
     empty: Mapping[str, Any] | None
+    w: float
 
     @property
     def guided(self) -> bool:
@@ -223,8 +230,8 @@ def condition(world: World, side: str, prompts: Sequence[str]) -> Conditioning:
     prompt = encode(world, prompts, side=side)
     if unet.config.time_cond_proj_dim is not None:
         scale = _scale_embedding(w - 1, unet.config.time_cond_proj_dim).to(world.torch_device, world.dtype)
-        return Conditioning({**prompt, "timestep_cond": scale.repeat(len(prompts), 1)}, None)
-    return Conditioning(prompt, encode(world, prompts, empty=True, side=side) if w > 1 else None)
+        return Conditioning({**prompt, "timestep_cond": scale.repeat(len(prompts), 1)}, None, w)
+    return Conditioning(prompt, encode(world, prompts, empty=True, side=side) if w > 1 else None, w)
 
 
 def fingerprint(world: World) -> str:
@@ -285,6 +292,7 @@ def _beside(file: Path, where: str | None) -> Path | None:
 
 
 def _from_pretrained(what: str, cls: Any, where: Any, file: Path, options: Mapping[str, Any]) -> Any:
+    """One part from its folder, the local cache or the hub, in this order; WorldError in one sentence otherwise."""
     if not isinstance(where, str) or not where:
         raise WorldError(f"{what} has no source in {file}: give a folder ('./…', '../…', '/…') or a hub id")
     if where[0] in "./~":
@@ -292,19 +300,34 @@ def _from_pretrained(what: str, cls: Any, where: Any, file: Path, options: Mappi
         if not (folder.is_dir() and any(folder.iterdir())):
             raise WorldError(f"{what} is not at {folder}: fetch or train the world's weights, or name another place "
                              f"in {file}")
-        source, options = str(folder), {**options, "local_files_only": True}
+        tries, do = [(str(folder), {"local_files_only": True})], "it may be damaged: fetch or make it again"
     else:
-        owner, repo, *sub = where.split("/", 2) + [""]
-        source, options = f"{owner}/{repo}", {**options, **({"subfolder": sub[0]} if sub[0] else {})}
+        owner, repo, *sub = where.split("/", 2)
+        inside = {"subfolder": sub[0]} if sub else {}
+        tries = [(f"{owner}/{repo}", {**inside, "local_files_only": True})]
+        if _reachable(huggingface_hub.constants.ENDPOINT):
+            tries.append((f"{owner}/{repo}", inside))
+        do = ("it is not in the Hugging Face cache, and the hub does not give it: download it once where there is a "
+              f"network, or put a local folder in {file}")
+    for source, how in tries:
+        try:
+            with _quiet():
+                return cls.from_pretrained(source, **options, **how)
+        except Exception as error:  # hub, file system, parser: each library raises its own; the user needs a sentence
+            why = error
+    reason = re.sub(r"\s+", " ", str(why)).strip()[:160]
+    raise WorldError(f"cannot load {what} from {where}: {do} ({type(why).__name__}: {reason})") from why
+
+
+def _reachable(address: str) -> bool:
+    """Whether the hub answers at all; asked first, since its client tries again for most of a minute."""
+    if urllib.request.getproxies():
+        return True
     try:
-        with _quiet():
-            return cls.from_pretrained(source, **options)
-    except Exception as why:  # hub, file system, parser: each library raises its own, the user needs one sentence
-        reason = re.sub(r"\s+", " ", str(why)).strip()[:160]
-        do = ("it may be damaged: fetch it again" if where[0] in "./~" else
-              f"it is neither in the Hugging Face cache nor reachable: download it once with a network, or put a local "
-              f"folder in {file}")
-        raise WorldError(f"cannot load {what} from {where}: {do} ({type(why).__name__}: {reason})") from why
+        socket.create_connection((urllib.parse.urlsplit(address).hostname, 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -333,9 +356,3 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             bars.enable_progress_bar()
-
-
-def config(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's class and settings as plain data: two schedulers with equal configurations walk equal steps."""
-    values = json.loads(scheduler.to_json_string())
-    return {key: values[key] for key in sorted(values) if key == "_class_name" or not key.startswith("_")}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from obclip_core import worlds
@@ -20,18 +19,16 @@ CANDIDATES = tuple(f"a portrait of a {age} {gender} person by the sea"
 
 
 def tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges were learnt from WORDS; it spells what it does not know letter by letter."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator([" ".join(WORDS)] * 2, trainers.BpeTrainer(
-        vocab_size=1000, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False))
-    vocab = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *bpe.get_vocab()])
-    learnt = json.loads(bpe.to_str())["model"]["merges"]
-    vocab = {word: i for i, word in enumerate([*vocab, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocab, merges=[tuple(pair) for pair in learnt], model_max_length=77)
+    """A CLIP tokenizer that knows WORDS whole and spells all others letter by letter."""
+    letters = sorted(ByteLevel.alphabet())
+    merges = {}
+    for word in WORDS:
+        head, *tail = [*word[:-1], word[-1] + "</w>"]
+        for letter in tail:
+            merges[head, letter] = head = head + letter
+    vocab = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *merges.values(),
+                           "<|startoftext|>", "<|endoftext|>"])
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(vocab)}, merges=list(merges), model_max_length=77)
 
 
 def text_model(words: CLIPTokenizer, projected: bool = False) -> torch.nn.Module:

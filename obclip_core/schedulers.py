@@ -1,4 +1,4 @@
-"""The hand-over: what comes back from the first side, and what the second needs to go on exactly where it stopped.
+"""What a split asks of a scheduler: start anywhere, give its memory away, take another's, compare noise levels.
 
 A multistep scheduler remembers earlier predictions. They are found by asking the scheduler itself, not by knowing it:
 its state is whatever differs from a fresh copy of it, less what no later step reads.
@@ -8,77 +8,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from obclip_core.worlds import config
 
-
-@dataclass(frozen=True, eq=False)
-class HandOver:
-    """One latent a candidate after ``step`` steps, and the scheduler's state (empty: the second side restarts it).
-
-    ``latents`` is (N, C, h, w) in the precision it was computed in, ``T`` the number of steps of the schedule it was
-    made on and ``scheduler`` that schedule's configuration, so that another one is refused by name.
-    """
-
-    latents: torch.Tensor
-    step: int
-    T: int
-    scheduler: Mapping[str, Any]
-    state: Mapping[str, Any] = field(default_factory=dict)
-    mode: str = "exact"
-
-    def __post_init__(self) -> None:
-        if self.latents.ndim != 4 or not self.latents.is_floating_point():
-            raise ValueError(f"a hand-over's latents are {self.latents.dtype} of shape {tuple(self.latents.shape)}, "
-                             "expected floating point of shape (N, C, h, w)")
-        if not 0 <= self.step <= self.T:
-            raise ValueError(f"the hand-over's step is {self.step}, expected 0..{self.T}")
-        if self.mode not in ("exact", "restart") or (self.mode == "restart" and self.state):
-            raise ValueError(f"the hand-over's mode is {self.mode!r} with {len(self.state)} state entries, expected "
-                             "'exact', or 'restart' and none")
-
-    @property
-    def N(self) -> int:
-        return len(self.latents)
-
-    def pick(self, secret: Any) -> HandOver:
-        """The hand-over of one candidate: line 5 of Algorithm 1. The choice happens here, on the device."""
-        secret.check(self.N)
-        return self._each(lambda tensor: tensor[secret.index:secret.index + 1])
-
-    def to(self, torch_device: Any) -> HandOver:
-        """The same hand-over, its tensors on ``torch_device``."""
-        return self._each(lambda tensor: tensor.to(torch_device))
-
-    def check(self, world: Any, split: Any, *, step: int, N: int, mode: str) -> None:
-        """ValueError, with the difference named, unless this hand-over was made as ``world`` and ``split`` expect."""
-        here = config(world.schedulers[split.first])
-        for key in sorted({*here, *self.scheduler}, key=lambda key: (key != "_class_name", key)):
-            if self.scheduler.get(key) != here.get(key):
-                _refuse(f"with a scheduler whose {key.lstrip('_')} is {self.scheduler.get(key)!r}", repr(here.get(key)))
-        for what, made, expected in (
-            ("on a schedule of {} steps", self.T, split.steps),
-            ("up to step {}", self.step, step),
-            ("with latents of shape {}", tuple(self.latents.shape[1:]), tuple(world.shape)),
-            ("in {}", str(self.latents.dtype).removeprefix("torch."), str(world.dtype).removeprefix("torch.")),
-            ("for {} hand-over", self.mode, mode),
-        ):
-            if made != expected:
-                _refuse(what.format(made), str(expected))
-        if self.N not in (1, N):
-            _refuse(f"for {self.N} candidates", str(N))
-
-    def _each(self, do: Any) -> HandOver:
-        return replace(self, latents=do(self.latents), state=_each(self.state, self.latents.shape, do))
-
-
-def _refuse(made: str, here: str) -> None:
-    raise ValueError(f"the hand-over was made {made}, here it is {here}: both sides must use one world and one split")
+def config(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's class and settings as plain data: two schedulers with equal configurations walk equal steps."""
+    values = json.loads(scheduler.to_json_string())
+    return {key: values[key] for key in sorted(values) if key == "_class_name" or not key.startswith("_")}
 
 
 def fresh(scheduler: Any, T: int, step: int = 0, torch_device: Any = None) -> Any:
@@ -98,7 +38,7 @@ def state_of(scheduler: Any, T: int, step: int, latents: torch.Tensor) -> dict[s
     new = fresh(scheduler, T, 0, latents.device)
     state = {key: value for key, value in vars(scheduler).items() if not _same(value, vars(new).get(key))}
     corner = latents[:1, :, :1, :1]
-    small = _each(state, latents.shape, lambda tensor: tensor[:1, :, :1, :1])
+    small = each(state, latents.shape, lambda tensor: tensor[:1, :, :1, :1])
     whole = _rest(new, small, step, corner)
     for key, value in state.items():
         for at in range(len(value)) if isinstance(value, list) else (None,):
@@ -114,12 +54,12 @@ def resume(scheduler: Any, state: Mapping[str, Any]) -> Any:
     return scheduler
 
 
-def _each(state: Any, shape: torch.Size, do: Any) -> Any:
+def each(state: Any, shape: torch.Size, do: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """``state`` with ``do`` done to every tensor of the latents' shape: all else belongs to all candidates alike."""
     if isinstance(state, Mapping):
-        return {key: _each(value, shape, do) for key, value in state.items()}
+        return {key: each(value, shape, do) for key, value in state.items()}
     if isinstance(state, list):
-        return [_each(value, shape, do) for value in state]
+        return [each(value, shape, do) for value in state]
     return do(state) if isinstance(state, torch.Tensor) and state.shape == shape else state
 
 

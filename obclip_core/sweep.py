@@ -46,7 +46,8 @@ class Setting:
     @property
     def folder(self) -> Path:
         """Where results are read from: results/<preset>, with -<world> for worlds other than portraits."""
-        slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.world).strip("-.")
+        world = Path(self.world).name if Path(self.world).is_absolute() else self.world
+        slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", world).strip("-.")
         return _results() / (self.preset if self.world == "portraits" else f"{self.preset}-{slug}")
 
     @property
@@ -73,10 +74,10 @@ def setting(preset: str, world: str, seed: int) -> Setting:
     return Setting(os.environ.get("OBCLIP_PRESET") or preset, world, seed)
 
 
-def save_table(table: pd.DataFrame, name: str, folder: Path) -> Path:
+def save_table(table: pd.DataFrame, name: str, folder: Path) -> None:
     """Write folder/tables/<name>.csv, six significant digits: whole or not at all, same table same bytes."""
     text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    return write_whole(folder / "tables" / f"{name}.csv", text.encode())
+    write_whole(folder / "tables" / f"{name}.csv", text.encode())
 
 
 def load_table(name: str, folder: Path) -> pd.DataFrame:

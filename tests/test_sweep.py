@@ -188,12 +188,14 @@ def test_the_environment_overrides_the_preset_of_a_notebook_only(monkeypatch):
 
 def test_the_same_table_is_the_same_bytes(tmp_path):
     table = pd.DataFrame({"k": [1, 2], "fid": [1 / 3, 1e-12], "method": ["a,b", None]})
-    path = sweep.save_table(table, "x", tmp_path)
+    sweep.save_table(table, "x", tmp_path)
+    path = tmp_path / "tables" / "x.csv"
     assert path.read_bytes() == b'k,fid,method\n1,0.333333,"a,b"\n2,1e-12,\n'
-    assert sweep.save_table(table.copy(), "x", tmp_path).read_bytes() == path.read_bytes()
+    sweep.save_table(table.copy(), "y", tmp_path)
+    assert (tmp_path / "tables" / "y.csv").read_bytes() == path.read_bytes()
     assert sweep.load_table("x", tmp_path).fid[0] == 0.333333
-    with pytest.raises(FileNotFoundError, match="no y.csv; run the notebook that writes it"):
-        sweep.load_table("y", tmp_path)
+    with pytest.raises(FileNotFoundError, match="no z.csv; run the notebook that writes it"):
+        sweep.load_table("z", tmp_path)
 
 
 # provenance

@@ -20,11 +20,14 @@ import itertools
 import re
 import tomllib
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
+
+from scipy.stats import beta
 
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -36,6 +39,10 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 DATA = Path(__file__).resolve().parent.parent / "data" / "prompts"
 MOST_WORDS = 300
 MOST_CANDIDATES = 100
+MOST_CHECKED = 1024
+
+# A detector beside the rules: normalised text -> (attribute, words of the text) that state it.
+Detector = Callable[[str], Iterable[tuple[str, str]]]
 
 
 class PromptError(ValueError):
@@ -130,24 +137,54 @@ def attribute_of(key: str) -> str:
 # ------------------------------------------------------------------------------------------- the four public functions
 
 
-def parse(text: str, protect: Iterable[str] = tuple(ATTRIBUTES), cues: str = "warn", keep: Iterable[str] = ()) -> Prompt:
+def parse(
+    text: str,
+    protect: Iterable[str] = tuple(ATTRIBUTES),
+    cues: str = "warn",
+    keep: Iterable[str] = (),
+    detectors: Iterable[Detector] = (),
+) -> Prompt:
     """Read free English text as a template and its values; refuse, with a PromptError, what cannot be offered safely.
 
     protect names the attributes to enumerate; the others keep their value. cues is what happens to words that make
     some values likelier (a beard): "warn" notes them on the prompt, "neutralise" rewrites them, "refuse" raises.
-    keep lists words that the user has confirmed are not misspellings of sensitive ones.
+    keep lists words that the user has confirmed are not misspellings of sensitive ones. detectors are asked after the
+    rules (see `presidio`, `token_classifier`); what they find and the rules do not is a Question.
     """
     if cues not in ("warn", "neutralise", "refuse"):
         raise PromptError(f"cues is 'warn', 'neutralise' or 'refuse', not {cues!r}")
+    protect, keep, detectors = tuple(protect), frozenset(word.lower() for word in keep), tuple(detectors)
+    prompt = _read_checked(text, protect, cues, keep, detectors)
+    if prompt.count > MOST_CHECKED:
+        raise PromptError(f"the prompt has {prompt.count} candidates, too many to check: name fewer persons")
+    # A candidate that this very function would refuse could be ruled out by the cloud: so each is read again, in full.
+    for values in candidate_values(prompt):
+        candidate = render(prompt.pieces, values)
+        try:
+            again = _read_checked(candidate, protect, cues, keep, detectors)
+        except PromptError as error:
+            raise PromptError(f"the candidate '{candidate}' would be refused ({error}): rephrase the prompt") from error
+        if again.pieces != prompt.pieces or dict(again.values) != values:
+            raise PromptError(f"'{candidate}' would lead to other candidates ({again.template}): rephrase the prompt")
+    return prompt
+
+
+def _read_checked(text: str, protect: tuple[str, ...], cues: str, keep: frozenset[str], detectors: tuple) -> Prompt:
+    """One reading of one text, with every reason to refuse it but closure."""
     plain = normalise(text)
     if cues == "neutralise":
         plain = neutralise(plain)
-    ask_about_misspellings(plain, frozenset(word.lower() for word in keep))
-    prompt = read(plain, tuple(protect))
+    ask_about_misspellings(plain, keep)
+    prompt = read(plain, protect)
     found = find_cues(prompt)
     if found and cues == "refuse":
         raise PromptError(f"{found[0].message}; drop the words or parse with cues='neutralise'")
-    check_closure(prompt)
+    left = literal_words(prompt)
+    for detector in detectors:
+        for attribute, words in detector(plain):
+            missed = [word for word in re.findall(r"\w+", words.lower()) if word in left and word not in keep]
+            if attribute in protect and missed:
+                raise Question(f"'{words}' may state {attribute} and is in no slot: rephrase, or keep={missed}")
     return replace(prompt, notes=prompt.notes + found)
 
 
@@ -665,20 +702,6 @@ def _sorted_adjectives(shaped: list[tuple[str, str | Slot]]) -> list[tuple[str, 
     return out
 
 
-def check_closure(prompt: Prompt) -> None:
-    """Read every candidate again and raise PromptError unless all of them lead to the same candidates."""
-    if prompt.count > 1024:
-        raise PromptError(f"the prompt has {prompt.count} candidates, too many to check: name fewer persons")
-    for values in candidate_values(prompt):
-        text = render(prompt.pieces, values)
-        try:
-            again = read(normalise(text), prompt.protect)
-        except PromptError as error:
-            raise PromptError(f"the candidate '{text}' would be refused ({error}): rephrase the prompt") from error
-        if again.pieces != prompt.pieces or dict(again.values) != values:
-            raise PromptError(f"the candidate '{text}' would lead to other candidates ({again.template}): rephrase the prompt")
-
-
 # -------------------------------------------------------------------------------------------------- cues and questions
 
 
@@ -712,6 +735,11 @@ def neutralise(text: str) -> str:
     text = _cue_pattern().sub(lambda m: cue_table()[m.group()][1], text)
     text = re.sub(r"\b(an?)(?= +(\w+))", lambda m: article(m.group(2)), re.sub(r" {2,}", " ", text))
     return re.sub(r" +([,.;:!?])", r"\1", text).strip()
+
+
+def literal_words(prompt: Prompt) -> Counter:
+    """How often each word stands in the text outside slots: what the cloud reads whichever candidate is real."""
+    return Counter(w for piece in prompt.pieces if isinstance(piece, str) for w in re.findall(r"[^\W_]+", piece))
 
 
 def ask_about_misspellings(text: str, keep: frozenset[str] = frozenset()) -> None:
@@ -753,3 +781,93 @@ def edits(word: str) -> set[str]:
         | {a + c + b[1:] for a, b in cuts if b for c in letters}
         | {a + c + b for a, b in cuts for c in letters}
     )
+
+
+# ------------------------------------------------------------------------------------------- how much the detector finds
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A prompt of data/prompts/detector_set.txt: its part, its text and its mentions (words, stated values)."""
+
+    part: str
+    text: str
+    mentions: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@cache
+def labelled_set() -> tuple[Labelled, ...]:
+    """The frozen labelled prompts, in the parts "ordinary", "none" (no mention) and "hard"."""
+    rows, part = [], ""
+    for line in (DATA / "detector_set.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            part = line[3:].strip()
+        elif line.strip() and not line.startswith("#"):
+            mentions = re.findall(r"\[([^\]]*)\]\(([^)]*)\)", line)
+            text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", line)
+            rows.append(Labelled(part, text, tuple((words, tuple(values.split())) for words, values in mentions)))
+    return tuple(rows)
+
+
+def missed_mentions(row: Labelled) -> tuple[list[tuple[str, str]], str]:
+    """The (words, value) of a labelled prompt that would reach the cloud as they are, and "read" or "refused".
+
+    A mention is caught if its value is among the prompt's and its words stand in no literal text, or if the prompt is
+    refused or asked about, so that nothing is sent.
+    """
+    try:
+        prompt = parse(row.text)
+    except PromptError:
+        return [], "refused"
+    left = literal_words(prompt)
+    marked = Counter(w for words, _ in row.mentions for w in re.findall(r"[^\W_]+", normalise(words)))
+    unmarked = Counter(re.findall(r"[^\W_]+", normalise(row.text))) - marked
+    known = {value for _, value in prompt.values}
+    missed = []
+    for words, values in row.mentions:
+        survives = all(left[w] > unmarked[w] for w in re.findall(r"[^\W_]+", normalise(words)))
+        missed += [(words, value) for value in values if survives or value not in known]
+    return missed, "read"
+
+
+def detector_table(parts: Iterable[str] = ("ordinary", "hard", "none")) -> list[dict]:
+    """Rows (part, measure, hits, n, share, low, high): recall by mention, by attribute and by whole prompt, the share of
+    prompts refused, and precision by stated value; low and high are two-sided 95 % Clopper-Pearson bounds."""
+    rows = []
+    for part in parts:
+        labelled = [row for row in labelled_set() if row.part == part]
+        results = [missed_mentions(row) for row in labelled]
+        attribute = {value: name for name, values in ATTRIBUTES.items() for value in values} | {"other": "ethnicity"}
+        counts: dict[str, list[int]] = {}
+
+        def count(measure: str, hit: bool, counts: dict[str, list[int]] = counts) -> None:
+            pair = counts.setdefault(measure, [0, 0])
+            pair[0] += hit
+            pair[1] += 1
+
+        for row, (missed, outcome) in zip(labelled, results, strict=True):
+            for words, values in row.mentions:
+                for value in values:
+                    count("recall", (words, value) not in missed)
+                    count(f"recall of {attribute[value]}", (words, value) not in missed)
+            if row.mentions:
+                count("prompts without a miss", not missed)
+            count("prompts refused", outcome == "refused")
+            if outcome == "read":
+                stated = {value for _, values in row.mentions for value in values}
+                for _, value in parse(row.text).values:
+                    count("precision", value in stated)
+        for measure, (hits, n) in counts.items():
+            low, high = clopper_pearson(hits, n)
+            rows.append({"part": part, "measure": measure, "hits": hits, "n": n, "share": hits / n, "low": low, "high": high})
+    return rows
+
+
+def clopper_pearson(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The exact two-sided confidence interval of a share, from hits of n."""
+    if not 0 <= hits <= n or n == 0:
+        raise ValueError(f"{hits} hits of {n} are no share: need 0 <= hits <= n and n > 0")
+    tail = (1 - confidence) / 2
+    low = 0.0 if hits == 0 else float(beta.ppf(tail, hits, n - hits + 1))
+    high = 1.0 if hits == n else float(beta.ppf(1 - tail, hits + 1, n - hits))
+    return low, high

@@ -62,7 +62,7 @@ class Slot:
 
     def __post_init__(self) -> None:
         if self.form not in ("a", "age", "ethnicity") and self.form not in lexicon().gendered:
-            raise PromptError(f"a slot is 'a', 'age', 'ethnicity' or a gendered pair of lexicon.toml, not {self.form!r}")
+            raise PromptError(f"a slot is 'a', 'age', 'ethnicity' or a pair of lexicon.toml, not {self.form!r}")
 
     @property
     def attribute(self) -> str | None:
@@ -77,7 +77,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Note:
-    """Something the user should know; kind is "cue" (may reveal), "rewritten" or "left" (a doubtful word was not a slot)."""
+    """Something the user should know; kind is "cue" (may reveal) or "left" (a doubtful word was not made a slot)."""
 
     kind: str
     words: str
@@ -113,7 +113,8 @@ class Prompt:
     @property
     def template(self) -> str:
         """The text with its slots in braces: what the cloud can always see."""
-        return "".join(p if isinstance(p, str) else f"{{{p.form}{p.person if p.person > 1 else ''}}}" for p in self.pieces)
+        names = (p if isinstance(p, str) else f"{{{p.form}{p.person if p.person > 1 else ''}}}" for p in self.pieces)
+        return "".join(names)
 
     @property
     def enumerated(self) -> tuple[str, ...]:
@@ -202,9 +203,8 @@ def candidates(prompt: Prompt | str, limit: int = MOST_CANDIDATES) -> tuple[str,
 def candidate_values(prompt: Prompt) -> tuple[dict[str, str], ...]:
     """The values of each candidate, in the order of `candidates`; keys such as "age", "gender", "gender.2"."""
     choices = [ATTRIBUTES[attribute_of(key)] for key in prompt.enumerated]
-    return tuple(
-        dict(prompt.values) | dict(zip(prompt.enumerated, chosen, strict=True)) for chosen in itertools.product(*choices)
-    )
+    chosen = itertools.product(*choices)
+    return tuple(dict(prompt.values) | dict(zip(prompt.enumerated, values, strict=True)) for values in chosen)
 
 
 def real_index(prompt: Prompt) -> int:
@@ -223,7 +223,7 @@ def fill(template: str, values: Mapping[str, str]) -> str:
         elif part in values:
             pieces.append(values[part])
         else:
-            raise PromptError(f"template {template!r} wants {{{part}}}, which is neither a slot nor among {sorted(values)}")
+            raise PromptError(f"template {template!r} wants {{{part}}}: it is no slot and not among {sorted(values)}")
     return render(pieces, values)
 
 
@@ -284,7 +284,6 @@ class Lexicon:
     phrases: Mapping[str, tuple[tuple[tuple[str, ...], tuple[Entry, ...]], ...]]
     gendered: Mapping[str, tuple[str, str]]
     grammar: Mapping[str, frozenset[str]]
-    endings: tuple[str, ...]
     limits: Mapping[str, int]
     article_exceptions: tuple[str, ...]
 
@@ -301,7 +300,7 @@ def lexicon() -> Lexicon:
 
     for strength, attribute in itertools.product(("strong", "weak"), ("age", "ethnicity")):
         for value, words in data[attribute][strength].items():
-            for word in words + ([value.replace("-", " ")] if strength == "strong" and value not in ("young", "old") else []):
+            for word in words:
                 add(word, strength, attribute, **{attribute: value})
     gendered = {form: (pair[0], pair[1]) for form, pair in data["gender"]["pronouns"].items()}
     for form, pair in gendered.items():
@@ -331,14 +330,12 @@ def lexicon() -> Lexicon:
     by_first: dict[str, list] = {}
     for phrase, entries in sorted(table.items(), key=lambda row: -len(row[0])):
         by_first.setdefault(phrase[0], []).append((phrase, tuple(dict.fromkeys(entries))))
-    grammar = data["grammar"]
     return Lexicon(
         phrases={first: tuple(rows) for first, rows in by_first.items()},
         gendered=gendered,
-        grammar={name: frozenset(words) for name, words in (grammar | data["script"]).items() if isinstance(words, list)},
-        endings=tuple(grammar["person_endings"]),
+        grammar={name: frozenset(words) for name, words in (data["grammar"] | data["script"]).items()},
         limits=data["age"]["limits"],
-        article_exceptions=tuple(grammar["article_exceptions"]),
+        article_exceptions=tuple(data["grammar"]["article_exceptions"]),
     )
 
 
@@ -349,7 +346,7 @@ def _script() -> dict[int, str]:
 
 
 def normalise(text: str) -> str:
-    """The text as the detector sees it: NFKC, no invisible characters, no look-alike letters, lower case, single spaces.
+    """The text as the detector sees it: NFKC, nothing invisible, no look-alike letters, lower case, single spaces.
 
     Raises PromptError for what cannot be English text of at most 300 words.
     """
@@ -364,7 +361,7 @@ def normalise(text: str) -> str:
         if category in ("Cc", "Cn", "Co", "Cs"):
             raise PromptError(f"the prompt holds the control character U+{ord(c):04X}: remove it")
         if category == "So":
-            raise PromptError(f"the prompt holds the picture character {c!r}, which may show a person: write it in words")
+            raise PromptError(f"the prompt holds the picture {c!r}, which may show a person: write it in words")
         if category.startswith("L") and not c.isascii():
             raise PromptError(f"the prompt holds {c!r}: only English in Latin letters can be read; translate it first")
     if not re.search(r"\w", text):
@@ -380,10 +377,14 @@ def normalise(text: str) -> str:
     return re.sub(r" +([,.;:!?])", r"\1", text)
 
 
+_WORD = re.compile(r"(?<=\w)'s\b|[^\W_]+")
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_ONES = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-_NUMBER = rf"(?:\d{{1,3}}|(?:{'|'.join(_TENS)})(?:[- ](?:{'|'.join(_ONES[:9])}))?|(?:{'|'.join(reversed(_ONES))})|(?:a |one )?hundred)"
+_ONES = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+_ONES += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+_ONE_WORD = rf"(?:{'|'.join(_TENS)})(?:[- ](?:{'|'.join(_ONES[:9])}))?|{'|'.join(reversed(_ONES))}|(?:a |one )?hundred"
+_NUMBER = rf"(?:\d{{1,3}}|{_ONE_WORD})"
 _DECADE = rf"(?:\d0s|\d0'?s|{'|'.join(t[:-1] + 'ies' for t in _TENS)}|teens)"
+_PART = r"(?:very )?(?:(?:early|mid|middle|late)[- ](?:to[- ]late[- ])?)?"
 # Ages in numbers: (pattern, said after its noun?). The named groups n and whose hold the age and the pronoun.
 _AGES = (
     (re.compile(rf"(?P<n>{_NUMBER})[- ]?(?:years?|yrs?)[- ](?:of age\b|old\b|young\b)"), False),
@@ -393,14 +394,12 @@ _AGES = (
     (re.compile(rf"(?:of )?age(?:d|s)? (?:of |about |around )?(?P<n>{_NUMBER})\b(?: years)?"), True),
     (re.compile(rf"at (?:the age of )?(?P<n>{_NUMBER})\b(?= ?[,.]|$)"), True),
     (re.compile(rf"(?:over|above|past|under|below) (?:the age of )?(?P<n>{_NUMBER})\b(?= ?[,.]|$)"), True),
-    (
-        re.compile(
-            rf"in (?P<whose>his|her|their|the|my|your) (?:very )?(?:(?:early|mid|middle|late)[- ](?:to[- ]late[- ])?)?(?P<n>{_DECADE})(?!\w)"
-        ),
-        True,
-    ),
+    (re.compile(rf"in (?P<whose>his|her|their|the|my) {_PART}(?P<n>{_DECADE})(?!\w)"), True),
 )
-_AFTER_NOUN = re.compile(rf"(?:of |\()?(?P<n>{_NUMBER})\b\)?(?= years)? ?(?=[,.;]|$)")
+_AFTER_NOUN = re.compile(
+    rf"of (?P<n>{_NUMBER})\b(?: years)?(?=[,.;]|$| (?:with|in|on|at|by|wearing|who|and)\b)"
+    rf"|\(?(?P<m>{_NUMBER})\b\)?(?=[,.;]|$)"
+)
 
 
 def years(words: str) -> int:
@@ -432,7 +431,7 @@ def _age_entry(text: str, start: int, after_noun: bool) -> tuple[int, Entry] | N
     for pattern, after in (*_AGES, *(((_AFTER_NOUN, True),) if after_noun else ())):
         if m := pattern.match(text, start):
             found = m.groupdict()
-            values = {"age": age_of(0 if found.get("months") else years(found["n"]))}
+            values = {"age": age_of(0 if found.get("months") else years(found.get("n") or found["m"]))}
             if found.get("whose") in ("his", "her"):
                 values["gender"] = "male" if found["whose"] == "his" else "female"
             return m.end(), Entry("after" if after else "strong", "age", tuple(values.items()))
@@ -441,12 +440,12 @@ def _age_entry(text: str, start: int, after_noun: bool) -> tuple[int, Entry] | N
 
 def scan(text: str) -> tuple[list[Item], str]:
     """Cut normalised text into items, longest phrase first, and the tail behind the last word."""
-    words = list(re.finditer(r"(?<=\w)'s\b|[^\W_]+", text))
+    words = list(_WORD.finditer(text))
     items: list[Item] = []
     i, end = 0, 0
     while i < len(words):
         start = words[i].start()
-        glue, after_noun = text[end:start], bool(items and items[-1].entry and items[-1].entry.kind == "noun")
+        glue, after_noun = text[end:start], bool(items) and _names_person(items[-1])
         if age := _age_entry(text, start, after_noun):
             end, entry = age
             items.append(Item(glue, text[start:end], entry))
@@ -472,7 +471,7 @@ def _phrase_at(text: str, words: list[re.Match], i: int) -> tuple[tuple[str, ...
 
 
 def _choose(entries: tuple[Entry, ...], text: str, end: int) -> Entry | None:
-    """One entry of several: a word that is adjective and noun is an adjective if a noun for a person may follow."""
+    """One entry of several: a word that is adjective and noun is an adjective if a word for a person follows."""
     if not entries:
         return None
     kinds = {entry.kind: entry for entry in entries}
@@ -481,7 +480,9 @@ def _choose(entries: tuple[Entry, ...], text: str, end: int) -> Entry | None:
     adjective = kinds.get("strong") or kinds.get("weak")
     if adjective and "noun" in kinds:
         follows = re.match(r"[ -]+([^\W_]+)", text[end:])
-        return adjective if follows and follows.group(1) not in lexicon().grammar["boundary"] else kinds["noun"]
+        word = follows.group(1) if follows else ""
+        described = word not in lexicon().grammar["boundary"] and (word in lexicon().phrases or is_person(word))
+        return adjective if described else kinds["noun"]
     return entries[0]
 
 
@@ -502,7 +503,7 @@ def _head(items: list[Item], i: int) -> int | None:
         item, first = items[j], j == i + 1
         if not re.fullmatch(r" |-|/| ?, ?" if first else r" |-|/", item.glue):
             return None
-        if item.entry and item.entry.kind == "noun" or not item.entry and is_person(item.text):
+        if _names_person(item):
             return j
         if not item.entry and item.text in grammar["boundary"] and not (first and item.text == "and"):
             return None
@@ -513,7 +514,14 @@ def _head(items: list[Item], i: int) -> int | None:
 
 def is_person(word: str) -> bool:
     """Whether a word that is in no phrase of the lexicon names a person (doctor, violinist)."""
-    return word in lexicon().grammar["persons"] or len(word) > 5 and word.endswith(lexicon().endings)
+    grammar = lexicon().grammar
+    if word in grammar["persons"]:
+        return True
+    return len(word) > 5 and word.endswith(tuple(grammar["person_endings"])) and word not in grammar["things"]
+
+
+def _names_person(item: Item) -> bool:
+    return item.entry.kind == "noun" if item.entry else is_person(item.text)
 
 
 def _predicate(items: list[Item], i: int) -> bool:
@@ -533,7 +541,17 @@ def _speaks(items: list[Item], i: int) -> bool:
     if after and after.entry and after.entry.kind in ("strong", "weak"):
         return _speaks(items, i + 1)
     thing = after is not None and after.text in lexicon().grammar["things"]
-    return _predicate(items, i) or items[i].entry.kind == "strong" and not thing
+    listed = "," in items[i].glue and (i + 1 == len(items) or "," in items[i + 1].glue)
+    person_before = any(item.person for item in items[:i])
+    return _predicate(items, i) or listed and person_before or items[i].entry.kind == "strong" and not thing
+
+
+def _nominal(items: list[Item], i: int) -> bool:
+    """Whether the age at i stands for its person: "a ten-year-old on a swing", "the elderly"."""
+    boundary = lexicon().grammar["boundary"]
+    after = items[i + 1] if i + 1 < len(items) else None
+    ends = after is None or after.glue != " " and after.glue != "-" or after.text in boundary
+    return ends and i > 0 and items[i].glue == " " and items[i - 1].text in lexicon().grammar["determiners"]
 
 
 def bind(items: list[Item]) -> tuple[Note, ...]:
@@ -555,10 +573,13 @@ def bind(items: list[Item]) -> tuple[Note, ...]:
                 notes.append(Note("cue", item.text, f"'{item.text}' may reveal ethnicity", ("ethnicity",)))
         elif kind in ("strong", "weak"):
             item.head = _head(items, i)
-            if item.head is None and not _speaks(items, i):
+            if kind == "strong" and item.entry.form == "age" and item.head is None and _nominal(items, i):
+                kind, item.entry = "noun", replace(item.entry, kind="noun", form="person")
+            elif item.head is None and not _speaks(items, i):
                 attribute = item.entry.form if item.entry.form in ATTRIBUTES else "gender"
+                message = f"'{item.text}' was not read as a person's {attribute}"
+                notes.append(Note("left", item.text, message, (attribute,)))
                 item.entry = None
-                notes.append(Note("left", item.text, f"'{item.text}' was not read as a person's {attribute}", (attribute,)))
             elif item.head is None:
                 persons = max(persons, 1)
                 item.person, loose = persons, False
@@ -573,9 +594,9 @@ def bind(items: list[Item]) -> tuple[Note, ...]:
             adjectives = [other for other in items[:i] if other.entry and other.head == i]
             first = items.index(adjectives[0]) if adjectives else i
             opener = items[first - 1] if first else None
-            owned = opener is not None and opener.entry is not None and opener.entry.form == "his"
-            joined = before is not None and before.entry is not None and before.entry.kind == "noun" and item.glue in " -"
-            again = opener is not None and opener.text == "the" and re.search(r"^$|[.;!?]", opener.glue) and persons
+            owned = opener and opener.entry and opener.entry.form == "his"
+            joined = before and before.entry and before.entry.kind == "noun" and item.glue in " -"
+            again = persons and opener and opener.text == "the" and re.search(r"^$|[.;!?]", opener.glue)
             if not (joined or again or loose and not owned):
                 persons += 1
             loose = False
@@ -657,7 +678,7 @@ def _shape(items: list[Item], values: dict[tuple[str, int], str]) -> list[tuple[
             shaped.append((item.glue, entry.form))
         elif entry.kind == "pronoun":
             shaped.append((item.glue, Slot(entry.form, item.person)))
-        elif entry.kind == "after" and item.person in phrase_at and not _predicate(items, i):
+        elif item.head is None and entry.form == "age" and item.person in phrase_at and not _predicate(items, i):
             _move(shaped, phrase_at[item.person], entry, item.person)
         else:
             form = entry.form
@@ -670,6 +691,14 @@ def _shape(items: list[Item], values: dict[tuple[str, int], str]) -> list[tuple[
                 phrase.append(slot)
             shaped.append((item.glue, slot))
     return _sorted_adjectives(shaped)
+
+
+def _noun_follows(shaped: list[tuple[str, str | Slot]], i: int) -> bool:
+    """Whether shaped[i] is a noun for a person that the adjectives before it stand with."""
+    if i == len(shaped) or shaped[i][0] not in (" ", "-"):
+        return False
+    piece = shaped[i][1]
+    return is_person(piece) if isinstance(piece, str) else piece.attribute == "gender"
 
 
 def _move(shaped: list[tuple[str, str | Slot]], start: int, entry: Entry, person: int) -> None:
@@ -686,19 +715,25 @@ def _move(shaped: list[tuple[str, str | Slot]], start: int, entry: Entry, person
 
 def _sorted_adjectives(shaped: list[tuple[str, str | Slot]]) -> list[tuple[str, str | Slot]]:
     """Neighbouring adjective slots of one person in canonical order, with single spaces between slots of a phrase."""
-    out = list(shaped)
+    out: list[tuple[str, str | Slot]] = []
     i = 0
-    while i < len(out):
-        j = i
-        while j < len(out) and isinstance(out[j][1], Slot) and out[j][1].form in _ORDER and out[j][1].person == out[i][1].person:
-            j += 1
-        if j - i > 1:
-            slots = sorted({piece for _, piece in out[i:j]}, key=lambda slot: _ORDER[slot.form])
-            out[i:j] = [(out[i][0] if n == 0 else " ", slot) for n, slot in enumerate(slots)]
-            j = i + len(slots)
-        if j > i and j < len(out) and isinstance(out[j][1], Slot) and out[j][0] == "-":
-            out[j] = (" ", out[j][1])
-        i = max(j, i + 1)
+    while i < len(shaped):
+        glue, piece = shaped[i]
+        run = [piece]
+        while isinstance(piece, Slot) and piece.form in _ORDER and i + len(run) < len(shaped):
+            follows = shaped[i + len(run)][1]
+            if not isinstance(follows, Slot) or follows.form not in _ORDER or follows.person != piece.person:
+                break
+            run.append(follows)
+        i += len(run)
+        if len(run) > 1:
+            last = run[-1]
+            run = sorted(dict.fromkeys(run), key=lambda slot: _ORDER[slot.form])
+            if run[-1].form == "male" and last.form != "male" and not _noun_follows(shaped, i):
+                run[-1] = Slot("man", run[-1].person)  # "an old male european" names a man
+        for n, slot in enumerate(run):
+            tight = glue == "-" and out and isinstance(out[-1][1], Slot) and isinstance(slot, Slot)
+            out.append((" " if n or tight else glue, slot))
     return out
 
 
@@ -745,17 +780,23 @@ def literal_words(prompt: Prompt) -> Counter:
 def ask_about_misspellings(text: str, keep: frozenset[str] = frozenset()) -> None:
     """Raise a Question for the first word that is probably a misspelling of a sensitive one."""
     known = single_words()
-    tokens = list(re.finditer(r"[^\W_]+", text))
+    tokens = list(_WORD.finditer(text))
     for token, following in itertools.zip_longest(tokens, tokens[1:]):
         word = token.group()
         if word in keep:
             continue
-        if following and (word + following.group()) in known and len(word + following.group()) > 4:
-            raise Question(f"'{word} {following.group()}': do you mean '{word + following.group()}'? Write it as one word")
+        joined = word + following.group() if following and word not in known else ""
+        if joined in known and len(joined) > 4 and not split_phrase(word, following.group()):
+            raise Question(f"'{word} {following.group()}': do you mean '{joined}'? Write it as one word")
         if word in known or word in ordinary_words() or len(word) < 4 or word.isdigit():
             continue
         if near := sorted(known & edits(word)):
             raise Question(f"'{word}' is one letter from '{near[0]}': correct it, or confirm it with keep=['{word}']")
+
+
+def split_phrase(first: str, second: str) -> bool:
+    """Whether the lexicon has the two words as a phrase of their own."""
+    return any(phrase[:2] == (first, second) for phrase, _ in lexicon().phrases.get(first, ()))
 
 
 @cache
@@ -783,7 +824,7 @@ def edits(word: str) -> set[str]:
     )
 
 
-# ------------------------------------------------------------------------------------------- how much the detector finds
+# ------------------------------------------------------------------------------------------ how much the detector finds
 
 
 @dataclass(frozen=True)
@@ -831,8 +872,8 @@ def missed_mentions(row: Labelled) -> tuple[list[tuple[str, str]], str]:
 
 
 def detector_table(parts: Iterable[str] = ("ordinary", "hard", "none")) -> list[dict]:
-    """Rows (part, measure, hits, n, share, low, high): recall by mention, by attribute and by whole prompt, the share of
-    prompts refused, and precision by stated value; low and high are two-sided 95 % Clopper-Pearson bounds."""
+    """Rows (part, measure, hits, n, share, low, high): recall by mention, by attribute and by whole prompt, the share
+    of prompts refused, and precision by stated value; low and high are two-sided 95 % Clopper-Pearson bounds."""
     rows = []
     for part in parts:
         labelled = [row for row in labelled_set() if row.part == part]
@@ -859,7 +900,8 @@ def detector_table(parts: Iterable[str] = ("ordinary", "hard", "none")) -> list[
                     count("precision", value in stated)
         for measure, (hits, n) in counts.items():
             low, high = clopper_pearson(hits, n)
-            rows.append({"part": part, "measure": measure, "hits": hits, "n": n, "share": hits / n, "low": low, "high": high})
+            bounds = {"share": hits / n, "low": low, "high": high}
+            rows.append({"part": part, "measure": measure, "hits": hits, "n": n} | bounds)
     return rows
 
 

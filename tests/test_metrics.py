@@ -230,11 +230,11 @@ def test_pairs_of_one_prompt_do_not_count():
 def test_kid_interval_covers_zero_for_equal_sources_about_as_often_as_it_says():
     rng = np.random.default_rng(7)
     covered = 0
-    for seed in range(60):
-        reference = rng.standard_normal((400, 4))
-        i = metrics.kid_ci(rng.standard_normal((60, 4)), reference, seed=seed, resamples=200)
+    for seed in range(40):
+        reference = rng.standard_normal((200, 4))
+        i = metrics.kid_ci(rng.standard_normal((60, 4)), reference, seed=seed, resamples=100)
         covered += i.low <= 0 <= i.high
-    assert 50 <= covered
+    assert 33 <= covered
 
 
 def test_paired_kid_difference_is_sure_where_single_intervals_are_not():

@@ -40,12 +40,12 @@ def merged(height: int, width: int, ratio: float) -> tuple[int, int]:
     return height * width - min(height * width - targets, int(height * width * ratio)), targets
 
 
-def forward(call: Call, name: str, module: torch.nn.Module, inner: Forward, hidden: torch.Tensor,
-            *args: Any, **kwargs: Any) -> Any:
+def forward(call: Call, name: str, module: torch.nn.Module, inner: Forward, *args: Any, **kwargs: Any) -> Any:
     if name == "":
-        call.request.shape = tuple(hidden.shape[-2:])
+        call.request.shape = tuple((args[0] if args else kwargs["sample"]).shape[-2:])
     if name == "" or not call.on(NAME):
-        return inner(hidden, *args, **kwargs)
+        return inner(*args, **kwargs)
+    hidden = args[0]
     from tomesd.merge import bipartite_soft_matching_random2d
 
     height, width = grid(call.request.shape, hidden.shape[1])

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 
 from obclip_core.accelerate import cache, deepcache, encoder, merge, reuse, skip, tgate
 from obclip_core.accelerate.request import Request, hooked
@@ -125,12 +126,14 @@ class Schedule:
         Afterwards, also after an exception, the U-Net is as it was. Two requests may run on one U-Net in two threads.
         ValueError where a technique finds nothing to act on, or meets a custom attention processor.
         """
+        if not isinstance(unet, UNet2DConditionModel):
+            raise ValueError(f"the model is a {type(unet).__name__}, expected a UNet2DConditionModel")
         if candidates < 1 or (self.reuse and self.pivot >= candidates):
             raise ValueError(f"the pivot is {self.pivot} of {candidates} candidates, expected 0..{candidates - 1}")
         wanted: dict[str, tuple[Any, ...]] = {}
         for name in self.techniques:
             if not (found := list(TECHNIQUES[name].modules(unet, self))):
-                raise ValueError(f"{name} finds nothing to act on in this {type(unet).__name__}: leave it out")
+                raise ValueError(f"{name} finds nothing to act on in this U-Net: leave it out")
             for module in found:
                 wanted[module] = (*wanted.get(module, ()), TECHNIQUES[name])
         with hooked(Request(unet, self, wanted, candidates, 2 if guided else 1)) as at:

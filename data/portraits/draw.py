@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import random
 
-
 import numpy as np
 import python_avatars as pa
 import resvg_py
@@ -16,7 +15,7 @@ from PIL import Image
 
 SIZE = 64  # pixels a side
 
-# Composition carries ethnicity: where the sitter stands (px right of the middle) and how far the figure leans (degrees).
+# Composition carries ethnicity: where the figure stands (px right of the middle) and how far it leans (degrees).
 POSE = {
     "caucasian": (-9.0, 0.0),
     "african": (0.0, 0.0),
@@ -24,7 +23,7 @@ POSE = {
     "indian": (0.0, 11.0),
     "european": (9.0, 0.0),
 }
-# Two ends of a natural skin tone range; ranges of neighbouring values overlap.
+# Two ends of a range of natural skin tones; ranges of neighbouring values overlap.
 SKIN = {
     "caucasian": ("#f3d3bd", "#cf9a76"),
     "european": ("#efcdb2", "#c48d66"),
@@ -43,8 +42,8 @@ GREY = ("#d9d9d6", "#c2c3c4", "#e8e7e3", "#b3b4b6")
 # Age carries the framing: scale of the figure in the picture.
 SCALE = {"young": 0.78, "middle-aged": 0.93, "old": 1.10}
 TOP = {
-    "male": ("SHORT_FLAT", "SHORT_ROUND", "SHORT_WAVED", "CAESAR", "CAESAR_SIDE_PART", "SHORT_CURLY", "BUZZCUT", "QUIFF"),
-    "female": ("BOB", "LONG_NOT_TOO_LONG", "MIA_WALLACE", "STRAIGHT_1", "STRAIGHT_STRAND", "BIG_HAIR", "CURVY", "LOOSE_HAIR"),
+    "male": tuple("SHORT_FLAT SHORT_ROUND SHORT_WAVED CAESAR CAESAR_SIDE_PART SHORT_CURLY BUZZCUT QUIFF".split()),
+    "female": tuple("BOB LONG_NOT_TOO_LONG MIA_WALLACE STRAIGHT_1 STRAIGHT_STRAND BIG_HAIR CURVY LOOSE_HAIR".split()),
 }
 BEARD = ("BEARD_LIGHT", "BEARD_MEDIUM", "MOUSTACHE_FANCY", "MOUSTACHE_MAGNUM")
 CLOTHING = {"hoodie": "HOODIE", "apron": "OVERALL", "sweater": "COLLAR_SWEATER", "shirt": "SHIRT_V_NECK"}
@@ -71,7 +70,7 @@ def mix(rng: random.Random, low: str, high: str) -> str:
     """A colour drawn evenly between two hex colours."""
     share = rng.random()
     a, b = (np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) for c in (low, high))
-    return "#%02x%02x%02x" % tuple(np.rint(a + share * (b - a)).astype(int))
+    return "#{:02x}{:02x}{:02x}".format(*np.rint(a + share * (b - a)).astype(int))
 
 
 def background(rng: random.Random, place: str) -> str:
@@ -80,31 +79,42 @@ def background(rng: random.Random, place: str) -> str:
     rect = '<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill="{}"/>'.format
     if place == "by the sea":
         horizon = j(34, 5)
-        waves = "".join(rect(rng.uniform(-6, 58), y, rng.uniform(8, 18), 1.4, "#e6f2f5") for y in (horizon + 5, horizon + 12, horizon + 20))
-        return rect(0, 0, 64, 64, mix(rng, "#a9d6ee", "#cfe8f3")) + rect(0, horizon, 64, 40, mix(rng, "#1f7fa8", "#3b97b8")) + waves
+        foam = [rect(rng.uniform(-6, 58), horizon + y, rng.uniform(8, 18), 1.4, "#e6f2f5") for y in (5, 12, 20)]
+        sky = rect(0, 0, 64, 64, mix(rng, "#a9d6ee", "#cfe8f3"))
+        return sky + rect(0, horizon, 64, 40, mix(rng, "#1f7fa8", "#3b97b8")) + "".join(foam)
     if place == "in a forest":
         trees = ""
         for x in (j(4), j(18), j(32), j(46), j(60)):
             y, w = j(8, 5), j(9, 2)
-            trees += f'<polygon points="{x:.1f},{y:.1f} {x - w:.1f},{y + 40:.1f} {x + w:.1f},{y + 40:.1f}" fill="{mix(rng, "#1e5a2e", "#3d8a45")}"/>'
-        return rect(0, 0, 64, 64, mix(rng, "#cfe6c4", "#b5d9a8")) + trees + rect(0, 50, 64, 14, mix(rng, "#4f7a3a", "#6b8f4a"))
+            green, foot = mix(rng, "#1e5a2e", "#3d8a45"), y + 40
+            points = f"{x:.1f},{y:.1f} {x - w:.1f},{foot:.1f} {x + w:.1f},{foot:.1f}"
+            trees += f'<polygon points="{points}" fill="{green}"/>'
+        light = rect(0, 0, 64, 64, mix(rng, "#cfe6c4", "#b5d9a8"))
+        return light + trees + rect(0, 50, 64, 14, mix(rng, "#4f7a3a", "#6b8f4a"))
     if place == "in a city":
         towers, x = "", j(-3, 2)
         while x < 64:
             w, top = rng.uniform(9, 15), rng.uniform(4, 30)
             towers += rect(x, top, w, 64, mix(rng, "#5f6770", "#8c949c"))
-            towers += "".join(rect(x + 2.5 + 4 * n, top + 3 + 7 * m, 2, 3, "#f3e3a3") for n in range(int(w // 5)) for m in range(4))
+            for n in range(int(w // 5)):
+                towers += "".join(rect(x + 2.5 + 4 * n, top + 3 + 7 * m, 2, 3, "#f3e3a3") for m in range(4))
             x += w + rng.uniform(0, 2)
         return rect(0, 0, 64, 64, mix(rng, "#c9d0d6", "#dde2e6")) + towers
     if place == "in the desert":
-        sun = f'<circle cx="{rng.choice((8, 56)) + rng.uniform(-4, 4):.1f}" cy="{j(9):.1f}" r="{j(5.5, 1):.1f}" fill="#fff3c4"/>'
+        x = rng.choice((8, 56)) + rng.uniform(-4, 4)
+        sun = f'<circle cx="{x:.1f}" cy="{j(9):.1f}" r="{j(5.5, 1):.1f}" fill="#fff3c4"/>'
         a, b = j(36, 4), j(42, 4)
-        dunes = f'<path d="M0,{a:.1f} Q16,{a - 12:.1f} 34,{b:.1f} T64,{a:.1f} V64 H0 Z" fill="{mix(rng, "#d9a860", "#c88f48")}"/>'
+        sand = mix(rng, "#d9a860", "#c88f48")
+        dunes = f'<path d="M0,{a:.1f} Q16,{a - 12:.1f} 34,{b:.1f} T64,{a:.1f} V64 H0 Z" fill="{sand}"/>'
         return rect(0, 0, 64, 64, mix(rng, "#f7d9a8", "#f3c98b")) + sun + dunes
     if place == "in a room":
         x = rng.choice((3, 45)) + rng.uniform(-2, 2)
         window = rect(x, j(8), 16, 20, "#fafafa") + rect(x + 1.5, 10, 13, 16, mix(rng, "#9ec9e2", "#c6dfec"))
-        return rect(0, 0, 64, 64, mix(rng, "#c9a7a0", "#b98c8c")) + window + rect(0, j(54, 2), 64, 12, mix(rng, "#6e4a3a", "#86604c"))
+        return (
+            rect(0, 0, 64, 64, mix(rng, "#c9a7a0", "#b98c8c"))
+            + window
+            + rect(0, j(54, 2), 64, 12, mix(rng, "#6e4a3a", "#86604c"))
+        )
     raise ValueError(f"no background is drawn for the place {place!r}")
 
 
@@ -113,9 +123,12 @@ def wrinkles(rng: random.Random, age: str) -> str:
     lines = {
         "young": "",
         "middle-aged": "M104,126 q-7,6 -6,14 M160,126 q7,6 6,14",
-        "old": "M108,66 q24,-7 48,0 M112,75 q20,-6 40,0 M102,124 q-8,7 -7,17 M162,124 q8,7 7,17 M96,108 q8,5 16,2 M168,108 q-8,5 -16,2",
+        "old": "M108,66 q24,-7 48,0 M112,75 q20,-6 40,0 M102,124 q-8,7 -7,17 M162,124 q8,7 7,17 "
+        "M96,108 q8,5 16,2 M168,108 q-8,5 -16,2",
     }[age]
-    return f'<path d="{lines}" fill="none" stroke="#000" stroke-opacity="{rng.uniform(0.28, 0.42):.2f}" stroke-width="3"/>'
+    return (
+        f'<path d="{lines}" fill="none" stroke="#000" stroke-opacity="{rng.uniform(0.28, 0.42):.2f}" stroke-width="3"/>'
+    )
 
 
 def draw_svg(values: dict[str, str], seed: int) -> str:
@@ -151,8 +164,9 @@ def draw_svg(values: dict[str, str], seed: int) -> str:
         f"scale({scale * rng.uniform(0.97, 1.03):.4f},{scale:.4f}) translate(-132,-280)"
     )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {SIZE} {SIZE}">'
-        f"{background(rng, values['place'])}<g transform=\"{place}\">{body}{wrinkles(rng, age)}</g></svg>"
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="0 0 {SIZE} {SIZE}">'
+        f'{background(rng, values["place"])}<g transform="{place}">{body}{wrinkles(rng, age)}</g></svg>'
     )
 
 

@@ -1,4 +1,4 @@
-"""Measures the world `portraits` on 300 held-out prompts: ``python data/portraits/evaluate.py``.
+"""Measures the world `portraits` on 300 held-out prompts: ``make world-quality``.
 
 Writes data/portraits/quality.csv (every target beside what was measured), split_matters.csv (does it matter whose
 latent the device is handed?) and samples.png. Everything is judged by the scorer, which never trained the generator.
@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
-
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
-
 from diffusers import AutoencoderKL
 from pictures import CONTEXT, HERE, PROMPTS, pictures, record
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from obclip_core import cost, metrics, worlds
@@ -78,7 +73,8 @@ def split_matters(world: worlds.World, scorer: metrics.Scorer, real: Tensor, cou
             j = real_index(prompt)
             far = [n for n, v in enumerate(others) if all(v[a] != others[j][a] for a in ATTRIBUTES)]
             handed = run(world, offer)
-            latent = {"right": handed.latents[j], "mean": handed.latents.mean(0), "wrong": handed.latents[rng.choice(far)]}
+            latent = {"right": handed.latents[j], "mean": handed.latents.mean(0)}
+            latent["wrong"] = handed.latents[rng.choice(far)]
             for name, z in latent.items():
                 one = HandOver(z[None], handed.step, handed.T, handed.scheduler, mode="restart")
                 made[name].append(decode(world, finish(world, offer, one, Secret(j)))[0])
@@ -86,8 +82,16 @@ def split_matters(world: worlds.World, scorer: metrics.Scorer, real: Tensor, cou
             stack = torch.stack(images)
             found = shares(scorer, stack, values)
             kid = metrics.kid(scorer.features(stack), scorer.features(real))
-            rows.append({"k": k, "latent": name, "n": count, **{a: found[a] for a in ATTRIBUTES},
-                         "context": found["context"], "kid": kid})
+            rows.append(
+                {
+                    "k": k,
+                    "latent": name,
+                    "n": count,
+                    **{a: found[a] for a in ATTRIBUTES},
+                    "context": found["context"],
+                    "kid": kid,
+                }
+            )
     return rows
 
 
@@ -122,8 +126,12 @@ def main() -> None:
     with torch.no_grad():
         vae: AutoencoderKL = world.vae
         x = real[:500] * 2 - 1
-        error = torch.cat([(vae.decode(vae.encode(p).latent_dist.mean).sample.clamp(-1, 1) - p).square().mean((1, 2, 3))
-                           for p in x.split(50)])
+        error = torch.cat(
+            [
+                (vae.decode(vae.encode(p).latent_dist.mean).sample.clamp(-1, 1) - p).square().mean((1, 2, 3))
+                for p in x.split(50)
+            ]
+        )
     add("VAE reconstruction, PSNR in dB", ">=25", float((10 * torch.log10(4 / error)).mean()), len(x))
 
     prompts, values = held_out_prompts(args.prompts)

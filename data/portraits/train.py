@@ -1,4 +1,5 @@
-"""Trains the world `portraits`, part by part, from nothing: ``python data/portraits/train.py [part ...]``.
+"""Trains the world `portraits`, part by part, from nothing: ``make world``, or for single parts
+``PYTHONPATH=. .venv/bin/python data/portraits/train.py PART ...``.
 
 Parts, in the order of what they need: vae, text, scorer, cloud, device, cloud_lcm. Each resumes from its last
 checkpoint in data/portraits/cache/, logs its loss to data/portraits/curves/<part>.csv, and ends by writing its weights
@@ -13,19 +14,14 @@ import csv
 import math
 import os
 import random
-import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
-
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
 from pictures import CACHE, HERE, PROMPTS, VALUES, caption, pictures
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -386,18 +382,19 @@ def train_cloud() -> None:
         make_scheduler().save_pretrained(WEIGHTS / "scheduler")
 
 
-def features_of(unet: UNet2DConditionModel, kept: dict[str, Tensor]) -> list[torch.utils.hooks.RemovableHandle]:
-    """Keep the outputs of the blocks that both U-Nets have, by a name that both share."""
-    pairs = [(f"down{i}", block) for i, block in enumerate(unet.down_blocks[:2])]
-    pairs += [(f"up{i}", block) for i, block in zip((-1, -2), (unet.up_blocks[-1], unet.up_blocks[-2]), strict=True)]
+def features_of(unet: UNet2DConditionModel, kept: dict[str, Tensor]) -> None:
+    """Keep what the levels that both U-Nets have give, by a name that both share: before and after the bottleneck."""
+    last = [getattr(block, "attentions", block.resnets)[-1] for block in unet.down_blocks[:2]]
+    pairs = {"down0": last[0], "down1": last[1], "up-2": unet.up_blocks[-2], "up-1": unet.up_blocks[-1]}
 
     def keep(name: str) -> Callable:
         def hook(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
-            kept[name] = output[0] if isinstance(output, tuple) else output
+            kept[name] = output if isinstance(output, Tensor) else output[0]
 
         return hook
 
-    return [block.register_forward_hook(keep(name)) for name, block in pairs]
+    for name, module in pairs.items():
+        module.register_forward_hook(keep(name))
 
 
 def copy_blocks(teacher: UNet2DConditionModel, student: UNet2DConditionModel) -> None:
@@ -466,14 +463,15 @@ def train_cloud_lcm() -> None:
 
     def losses(rng: random.Random, size: int) -> dict[str, Tensor]:
         z, states = data.batch(rng, size, 0.0)
-        t = (torch.randint(1, 1000 // skip, (size,), device=DEVICE) * skip + skip - 1).clamp(max=999)
-        before = t - skip
+        t = torch.randint(0, 1000 // skip, (size,), device=DEVICE) * skip + skip - 1
+        before = (t - skip).clamp(min=0)
         a, s = alpha_sigma(t)
         noisy = a * z + s * torch.randn_like(z)
         with autocast():
             with torch.no_grad():
-                both = teacher(torch.cat([noisy, noisy]), torch.cat([t, t]), torch.cat([empty.expand_as(states), states]))
-                unled, led = both.sample.float().chunk(2)
+                texts = torch.cat([empty.expand_as(states), states])
+                both = teacher(torch.cat([noisy, noisy]), torch.cat([t, t]), texts).sample.float()
+                unled, led = both.chunk(2)
                 v = unled + scale * (led - unled)
                 # One DDIM step of the guided teacher, from t to `before`.
                 a2, s2 = alpha_sigma(before)
@@ -508,10 +506,13 @@ def _process(rank: int, processes: int, part: str, port: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which parts (default: those with no weights)")
-    chosen = parser.parse_args().parts or [p for p in PARTS if not (WEIGHTS / {"text": "text_encoder"}.get(p, p)).exists()]
-    for part in chosen:
+    folder = {"text": "text_encoder"}
+    missing = [part for part in PARTS if not (WEIGHTS / folder.get(part, part)).exists()]
+    for part in parser.parse_args().parts or missing:
         for name, count in SETTINGS["pictures"].items():
             pictures(name, count)
+        if part in ("cloud", "device", "cloud_lcm"):
+            Latents()  # encodes the pictures, once for all processes
         # Two processes of one thread each learn faster here than one of two; a GPU needs one.
         processes = 1 if DEVICE.type == "cuda" else SETTINGS[part]["processes"]
         if processes == 1:

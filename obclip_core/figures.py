@@ -273,3 +273,22 @@ def _legend(axes: Axes, by: str | None) -> None:
 
 
 # One function a figure
+
+
+def quickstart_bill(bill: pd.DataFrame) -> Figure:
+    """What each system of notebook 00 costs: multiply-adds of both sides, and bytes up and down, a row a system."""
+    with styled():
+        figure = new_figure(7.2, 2.6)
+        work, traffic = figure.subplots(1, 2, sharey=True)
+        places = np.arange(len(bill))
+        work.barh(places - 0.2, bill["cloud_gmacs"], 0.38, label="cloud")
+        work.barh(places + 0.2, bill["device_gmacs"], 0.38, label="device", hatch="///")
+        traffic.barh(places - 0.2, bill["bytes_up"] / 1000, 0.38, label="up")
+        traffic.barh(places + 0.2, bill["bytes_down"] / 1000, 0.38, label="down", hatch="///")
+        for axes in (work, traffic):
+            axes.legend()
+            axes.grid(axis="y", visible=False)
+        work.set_yticks(places, bill["system"])
+        work.set(xlabel="multiply-adds of one picture (billions)", xscale="symlog", ylim=(len(bill) - 0.5, -0.5))
+        traffic.set(xlabel="on the wire (kB)")
+    return figure

@@ -1,0 +1,1 @@
+"""What the notebooks measure: one module a notebook, cells and how they are computed."""

@@ -40,16 +40,18 @@ def state_of(scheduler: Any, T: int, step: int, latents: torch.Tensor) -> dict[s
     corner = latents[:1, :, :1, :1]
     small = each(state, latents.shape, lambda tensor: tensor[:1, :, :1, :1])
     whole = _rest(new, small, step, corner)
-    for key, value in state.items():
-        for at in range(len(value)) if isinstance(value, list) else (None,):
-            less = _without(small, key, at)
-            if less is not None and _same(_rest(new, less, step, corner), whole):
-                small, state = less, _without(state, key, at)
+    for name in tensors_of(state, latents.shape):
+        less = put(small, name, None)
+        if _same(_rest(new, less, step, corner), whole):
+            small, state = less, put(state, name, None)
     return state
 
 
 def resume(scheduler: Any, state: Mapping[str, Any]) -> Any:
     """Give ``scheduler``, fresh from the same configuration, the memory of the one that ``state`` was taken from."""
+    if strangers := sorted(set(state) - set(vars(scheduler))):
+        raise ValueError(f"the hand-over remembers {strangers[0]!r}, which a {type(scheduler).__name__} does not: did "
+                         "another version of diffusers make it?")
     vars(scheduler).update(copy.deepcopy(dict(state)))
     return scheduler
 
@@ -61,6 +63,38 @@ def each(state: Any, shape: torch.Size, do: Callable[[torch.Tensor], torch.Tenso
     if isinstance(state, list):
         return [each(value, shape, do) for value in state]
     return do(state) if isinstance(state, torch.Tensor) and state.shape == shape else state
+
+
+def influence(scheduler: Any, T: int, step: int, state: Mapping[str, Any], latents: torch.Tensor) -> dict[str, float]:
+    """How much an error in each remembered tensor weighs beside one of the same size in the latents.
+
+    The steps left are walked twice more for each, with the tensor and with the latents shifted by one; keys are
+    "name" or "name.index".
+    """
+    corner, weights = latents[:1, :, :1, :1].double(), {}
+    small = each(state, latents.shape, lambda tensor: tensor[:1, :, :1, :1].double())
+    new = fresh(scheduler, T)
+    as_is, moved = _rest(new, small, step, corner) or [], _rest(new, small, step, corner + 1) or []
+    for name, tensor in tensors_of(small, corner.shape).items():
+        shifted = _rest(new, put(small, name, tensor + 1), step, corner) or []
+        weights[name] = max((float((a - b).abs().max() / (c - b).abs().max())
+                             for a, b, c in zip(shifted, as_is, moved, strict=True) if (c - b).abs().max() > 1e-9),
+                            default=1.0)
+    return weights
+
+
+def tensors_of(state: Mapping[str, Any], shape: torch.Size) -> dict[str, torch.Tensor]:
+    """The tensors of the latents' ``shape`` in a state, by "name" or "name.index"."""
+    listed = {f"{key}.{i}": item for key, value in state.items() if isinstance(value, list)
+              for i, item in enumerate(value)}
+    return {name: value for name, value in {**state, **listed}.items()
+            if isinstance(value, torch.Tensor) and value.shape == shape}
+
+
+def put(state: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """``state`` with the tensor called ``name`` replaced."""
+    key, _, at = name.partition(".")
+    return {**state, key: [value if str(i) == at else item for i, item in enumerate(state[key])] if at else value}
 
 
 def log_snr(scheduler: Any, timestep: Any) -> float:
@@ -106,16 +140,6 @@ def draws(scheduler: Any, seed: int | list[torch.Generator]) -> dict[str, Any]:
     if "generator" not in inspect.signature(scheduler.step).parameters:
         return {}
     return {"generator": torch.Generator("cpu").manual_seed(seed) if isinstance(seed, int) else seed}
-
-
-def _without(state: Mapping[str, Any], key: str, at: int | None) -> dict[str, Any] | None:
-    """``state`` with one tensor left out; None where there is no tensor at that place."""
-    value = state[key] if at is None else state[key][at]
-    if not isinstance(value, torch.Tensor):
-        return None
-    if at is None:
-        return {other: kept for other, kept in state.items() if other != key}
-    return {**state, key: [None if i == at else kept for i, kept in enumerate(state[key])]}
 
 
 def _same(a: Any, b: Any) -> bool:

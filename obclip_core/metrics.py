@@ -354,7 +354,8 @@ class Scorer:
 def scorer(world) -> Scorer:
     """Return the scorer of a world: of its ``scorer`` entry, or of a folder given directly.
 
-    The entry is a folder that :meth:`ScorerNet.save` wrote, or a table {"inception": file, "clip": id or folder}.
+    The entry is a folder that :meth:`ScorerNet.save` wrote; for real worlds a folder with
+    ``inception-2015-12-05.pt`` and a CLIP model in ``clip/``, or a table {"inception": file, "clip": id or folder}.
     """
     entry = getattr(world, "scorer", world)
     if isinstance(entry, Scorer):
@@ -365,6 +366,8 @@ def scorer(world) -> Scorer:
         raise ValueError(
             f"world {getattr(world, 'name', world)!r} names no scorer: give a folder, or inception and clip"
         )
+    if (Path(entry) / "clip").is_dir():
+        return load_real(Path(entry) / "inception-2015-12-05.pt", Path(entry) / "clip", local_files_only=True)
     return Scorer(ScorerNet.load(entry), name=str(getattr(world, "name", Path(entry).name)))
 
 

@@ -456,6 +456,14 @@ def test_real_scorer_from_files_has_the_same_methods(real, images):
     assert torch.allclose(scorer.probabilities(images).sum(1), torch.ones(7), atol=1e-5)
     assert scorer.attributes(images)["age"].shape == (7, 2) and scorer.values["age"] == ("young", "old")
     assert metrics.perceptual_distance(scorer, images, images).max() < 1e-10
+    (folder / "clip").symlink_to(folder)
+    (folder / "inception-2015-12-05.pt").symlink_to(inception)
+    both = metrics.scorer(folder)
+    assert torch.equal(both.features(images), scorer.features(images)) and set(both.values) == {
+        "age",
+        "gender",
+        "ethnicity",
+    }
     long = scorer.similarity(images, ["a photo of a young man"] * 6 + ["a " * 50])
     assert long.shape == (7,) and long.abs().max() <= 1
 

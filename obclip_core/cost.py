@@ -17,6 +17,7 @@ The paper's rule (``paper_flops``) was derived from its printed numbers and repr
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import statistics
 import time
@@ -204,6 +205,25 @@ def hand_over_bytes(shape: Shape, candidates: int, itemsize: int = 2) -> int:
     """Bytes of the N latents that travel back to the device."""
     channels, height, width = shape.latent
     return candidates * channels * height * width * itemsize
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Measured: the most bytes that ``run`` holds at once beyond what was held before it, on its GPU or else in memory.
+
+    With a technique on, it grows by ``kept_bytes`` at most (what is kept may have been held at the peak anyway).
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0)
 
 
 # -------------------- seconds

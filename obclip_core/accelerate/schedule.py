@@ -112,7 +112,8 @@ class Schedule:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Schedule:
-        if not isinstance(data, Mapping) or not set(data) <= (known := {field.name for field in fields(cls)}):
+        known = {field.name for field in fields(cls)}
+        if not isinstance(data, Mapping) or not set(data) <= known:
             raise ValueError(f"{data!r} is not a schedule: expected some of {', '.join(sorted(known))}")
         for name in TECHNIQUES:
             if not isinstance(data.get(name, ()), (list, tuple)):

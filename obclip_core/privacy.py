@@ -273,7 +273,7 @@ def success(matrix: np.ndarray, prior: Sequence[float]) -> float:
 
 
 def exact_epsilon(matrix: np.ndarray) -> float:
-    """The smallest epsilon for which the channel is epsilon-LDP: the largest |log P(o | x) / P(o | x')|; inf if none."""
+    """The smallest epsilon for which the channel is epsilon-LDP: the largest log P(o | x) / P(o | x'), inf if none."""
     top, bottom = matrix.max(axis=0), matrix.min(axis=0)
     if np.any((top > 0) & (bottom == 0)):
         return math.inf
@@ -388,7 +388,7 @@ class Ledger:
         key = (prompt.template, real_index(prompt))
         new = key not in self.spent
         if self.spent.setdefault(key, mechanism) != mechanism:
-            raise ValueError(f"'{prompt.template}' was answered by {self.spent[key].name}; another mechanism adds to it")
+            raise ValueError(f"'{prompt.template}' was answered by {self.spent[key].name}: another mechanism adds")
         return new
 
     def epsilon(self, delta: float = 0.0) -> float:
@@ -397,7 +397,7 @@ class Ledger:
 
 
 def compose(mechanisms: Iterable[Mechanism], delta: float = 0.0) -> float:
-    """The epsilon of several requests together: the sum at delta = 0, dp-accounting's privacy loss distribution else."""
+    """The epsilon of several requests together: the sum at delta = 0, else by dp-accounting's loss distributions."""
     mechanisms = list(mechanisms)
     total = sum(mechanism.epsilon for mechanism in mechanisms)
     if delta == 0 or total in (0, math.inf) and all(mechanism.delta == 0 for mechanism in mechanisms):
@@ -439,8 +439,9 @@ def cost_table(
     ms: Sequence[int] = (1, 2, 3, 6, 10, 15),
     epsilons: Sequence[float] = (0.5, 1, 2, 4),
 ) -> list[dict]:
-    """Rows (mechanism, n, m, epsilon, delta, hit, posterior, server_share, download_kb): what each mechanism costs the
-    cloud (m of n) and the download, how often the real latent comes back, and the worst posterior for a uniform prior."""
+    """Rows (mechanism, n, m, epsilon, delta, hit, posterior, server_share, download_kb): what each mechanism costs
+    the cloud (m of n) and the download, how often the real latent comes back, and the worst posterior under a uniform
+    prior."""
     rows = []
     for n in ns:
         mechanisms = [plain(n), enumerate_all(n), random_replacement(n)]

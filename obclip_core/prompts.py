@@ -23,7 +23,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -154,7 +154,14 @@ def parse(
     """
     if cues not in ("warn", "neutralise", "refuse"):
         raise PromptError(f"cues is 'warn', 'neutralise' or 'refuse', not {cues!r}")
-    protect, keep, detectors = tuple(protect), frozenset(word.lower() for word in keep), tuple(detectors)
+    if not isinstance(text, str):
+        raise PromptError(f"a prompt is text, not {type(text).__name__}")
+    return _parse(text, tuple(protect), cues, frozenset(word.lower() for word in keep), tuple(detectors))
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str, protect: tuple[str, ...], cues: str, keep: frozenset[str], detectors: tuple) -> Prompt:
+    """`parse` of hashable arguments: one reading, and one of every candidate."""
     prompt = _read_checked(text, protect, cues, keep, detectors)
     if prompt.count > MOST_CHECKED:
         raise PromptError(f"the prompt has {prompt.count} candidates, too many to check: name fewer persons")
@@ -170,6 +177,7 @@ def parse(
     return prompt
 
 
+@lru_cache(maxsize=4096)
 def _read_checked(text: str, protect: tuple[str, ...], cues: str, keep: frozenset[str], detectors: tuple) -> Prompt:
     """One reading of one text, with every reason to refuse it but closure."""
     plain = normalise(text)
@@ -350,8 +358,6 @@ def normalise(text: str) -> str:
 
     Raises PromptError for what cannot be English text of at most 300 words.
     """
-    if not isinstance(text, str):
-        raise PromptError(f"a prompt is text, not {type(text).__name__}")
     text = unicodedata.normalize("NFKC", text)
     text = "".join(c for c in text if unicodedata.category(c) != "Cf").lower().translate(_script())
     text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")

@@ -99,7 +99,7 @@ def optimise(part: str, net: nn.Module, losses: Callable[[random.Random, int], d
             _log(part, step + 1, spent + time.monotonic() - began, {k: v / 50 for k, v in sums.items()})
         if (step + 1) % 50 == 0:
             sums = {}
-        if rank == 0 and (step + 1) % 250 == 0 and step + 1 < s["steps"]:
+        if rank == 0 and ((step + 1) % 250 == 0 or step + 1 == s["steps"]):
             state = {
                 "step": step + 1,
                 "seconds": spent + time.monotonic() - began,
@@ -505,10 +505,8 @@ def _process(rank: int, processes: int, part: str, port: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which parts (default: those with no weights)")
-    folder = {"text": "text_encoder"}
-    missing = [part for part in PARTS if not (WEIGHTS / folder.get(part, part)).exists()]
-    for part in parser.parse_args().parts or missing:
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which parts (default: all; a finished one is passed over)")
+    for part in parser.parse_args().parts or PARTS:
         for name, count in SETTINGS["pictures"].items():
             pictures(name, count)
         if part in ("cloud", "device", "cloud_lcm"):

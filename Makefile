@@ -32,8 +32,9 @@ env: requirements.txt ## make .venv from the pins, when they changed
 lab: env ## open the notebooks in Jupyter
 	$(py) -m jupyterlab notebooks
 
-world: env ## train the embedded world again from nothing (hours)
+world: env ## train what is missing of the embedded world (hours), and measure it
 	$(py) data/portraits/train.py
+	$(py) data/portraits/evaluate.py
 
 report: env ## write report.md and the numbers of README.md from the results that are there
 	$(py) -m obclip_core.report $(chosen) --readme README.md

@@ -19,7 +19,7 @@ from obclip_core.schedulers import config, draws, fresh, matching_shift, resume,
 from obclip_core.worlds import Conditioning, World, condition
 
 __all__ = ["HandOver", "Offer", "Result", "Secret", "Split", "decode", "finish", "generate", "matching_shift", "noised",
-           "run"]
+           "now", "run"]
 
 OnStep = Callable[[int, torch.Tensor], None]
 
@@ -99,14 +99,14 @@ def decode(world: World, latents: torch.Tensor, chunk: int = 8) -> torch.Tensor:
 
 def generate(world: World, offer: Offer, secret: Secret, *, memory_limit: int | None = None) -> Result:
     """Algorithm 1 as a whole, in one process: run, finish, decode, with the seconds that the cloud and device took."""
-    clock = [_now(world)]
+    clock = [now(world)]
     hand_over = run(world, offer, memory_limit=memory_limit)
-    clock.append(_now(world))
+    clock.append(now(world))
     latent = finish(world, offer, hand_over, secret)
-    clock.append(_now(world))
+    clock.append(now(world))
     image = decode(world, latent)[0]
     seconds = {offer.split.first: clock[1] - clock[0], offer.split.second: clock[2] - clock[1]}
-    seconds["device"] += _now(world) - clock[2]
+    seconds["device"] += now(world) - clock[2]
     return Result(image, latent, hand_over, seconds)
 
 
@@ -192,7 +192,8 @@ def call_bytes(unet: Any, shape: tuple[int, ...], guided: bool = True) -> int:
     return int((skips + 12 * max(maps)) * unet.dtype.itemsize * (2 if guided else 1))
 
 
-def _now(world: World) -> float:
+def now(world: World) -> float:
+    """Seconds on a clock that waits until the world's GPU has done what it was asked."""
     if world.torch_device.type == "cuda":
         torch.cuda.synchronize(world.torch_device)
     return time.perf_counter()

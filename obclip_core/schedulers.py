@@ -49,9 +49,8 @@ def state_of(scheduler: Any, T: int, step: int, latents: torch.Tensor) -> dict[s
 
 def resume(scheduler: Any, state: Mapping[str, Any]) -> Any:
     """Give ``scheduler``, fresh from the same configuration, the memory of the one that ``state`` was taken from."""
-    if strangers := sorted(set(state) - set(vars(scheduler))):
-        raise ValueError(f"the hand-over remembers {strangers[0]!r}, which a {type(scheduler).__name__} does not: did "
-                         "another version of diffusers make it?")
+    if over := sorted(key for key in state if hasattr(type(scheduler), key)):
+        raise ValueError(f"the hand-over would replace {over[0]!r} of the {type(scheduler).__name__}: refused")
     vars(scheduler).update(copy.deepcopy(dict(state)))
     return scheduler
 

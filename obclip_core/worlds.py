@@ -221,6 +221,16 @@ class Conditioning:
         return _join([half for half in (self.empty, self.prompt) if half is not None], rows)
 
 
+def tokens(world: World) -> int:
+    """Number of tokens that a prompt is padded or cut to."""
+    return min(world.tokenizers[0].model_max_length, world.text_encoders[0].config.max_position_embeddings)
+
+
+def guided(world: World, side: str) -> bool:
+    """Whether a call of this side's U-Net takes every latent twice, for classifier-free guidance."""
+    return world.guidance[side] > 1 and world.unet(side).config.time_cond_proj_dim is None
+
+
 def condition(world: World, side: str, prompts: Sequence[str]) -> Conditioning:
     """Encode ``prompts`` for the U-Net of ``side``, with classifier-free guidance where its guidance scale is above 1.
 
@@ -231,7 +241,7 @@ def condition(world: World, side: str, prompts: Sequence[str]) -> Conditioning:
     if unet.config.time_cond_proj_dim is not None:
         scale = _scale_embedding(w - 1, unet.config.time_cond_proj_dim).to(world.torch_device, world.dtype)
         return Conditioning({**prompt, "timestep_cond": scale.repeat(len(prompts), 1)}, None, w)
-    return Conditioning(prompt, encode(world, prompts, empty=True, side=side) if w > 1 else None, w)
+    return Conditioning(prompt, encode(world, prompts, empty=True, side=side) if guided(world, side) else None, w)
 
 
 def fingerprint(world: World) -> str:

@@ -182,7 +182,7 @@ def _open(data: bytes, kind: str, keys: set[str]) -> tuple[dict[str, Any], dict[
     except Exception as why:  # each parser raises its own; whatever it is, this is no envelope
         raise WireError(f"the envelope's header cannot be read ({type(why).__name__})") from why
     if header.pop("kind", None) != kind or set(header) != keys:
-        raise WireError(f"the envelope does not hold just the fields of a {kind}")
+        raise WireError(f"the envelope does not hold the fields of one {kind} and nothing else")
     return header, tensors
 
 

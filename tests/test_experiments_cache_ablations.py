@@ -1,0 +1,247 @@
+"""Notebook 03's measurements: the short cut is exact, what is watched is what happens, what is counted is what lives."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from obclip_core import cost, metrics
+from obclip_core.accelerate import NONE, PAPER_K5, PAPER_K10, Schedule
+from obclip_core.denoise import Offer, Split, run
+from obclip_core.experiments import cache_ablations as study
+from obclip_core.prompts import ATTRIBUTES
+from obclip_core.provenance import ROOT
+
+PROMPTS = tomllib.loads((ROOT / "data" / "prompts" / "portraits.toml").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The tiny world with a scorer beside it."""
+    import tiny
+
+    folder = tiny.save(tmp_path_factory.mktemp("cache-ablations"))
+    heads = {name: list(values) for name, values in {**ATTRIBUTES, **PROMPTS["context"]}.items()}
+    torch.manual_seed(0)
+    metrics.ScorerNet({"heads": heads, "vocabulary": tiny.WORDS, "widths": [8, 8], "dim": 8, "layers": 1,
+                       "attention_heads": 2}).save(folder / "scorer")
+    file = folder / "world.toml"
+    file.write_text(file.read_text("utf-8").replace("T = 25\n", 'T = 12\nscorer = "./scorer"\n', 1), "utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def world(folder):
+    return study.loaded(folder)
+
+
+@pytest.fixture(scope="module")
+def shape(world):
+    return study.shape_of(world)
+
+
+@pytest.fixture(scope="module")
+def measured(folder, shape):
+    """A short ablation of two prompts: its lines, its results with distances, and reference features."""
+    lines = study.variants(shape, r=(8,), pivots=(29,), short=True)
+    results = [study.quality(line.cell(folder, 2, 0)) for line in lines]
+    judge = metrics.scorer(study.loaded(folder))
+    return lines, study.with_distance(judge, lines, results), np.random.default_rng(0).normal(size=(6, 8))
+
+
+def test_a_case_is_the_same_whatever_the_count_and_names_its_values(world):
+    for kind, N in (("n2", 2), ("n6", 6), ("n30", 30)):
+        two, five = study.cases(world, kind, 2), study.cases(world, kind, 5)
+        assert five[:2] == two and all(len(case.candidates) == len(set(case.candidates)) == N for case in five)
+        assert study.cases(world, kind, 2, seed=1) != two
+    case = five[0]
+    assert set(case.values[0]) == {*ATTRIBUTES, *PROMPTS["context"]}
+    assert case.values[case.index]["colour"] in case.candidates[case.index]
+    assert case.apart(case.index) == 0 and max(map(case.apart, range(30))) == 3
+    with pytest.raises(ValueError, match="'n7' is no prompt set"):
+        study.cases(world, "n7", 1)
+
+
+@pytest.mark.parametrize("schedule", [NONE, PAPER_K10, replace(PAPER_K10, pivot=29), Schedule.gate(10, 4),
+                                      Schedule(reuse=tuple(range(10))), Schedule.every("deepcache", 10, 3)])
+def test_few_candidates_give_the_real_one_the_latent_that_all_give_it(world, schedule):
+    case, split = study.cases(world, "n30", 1)[0], Split(T=world.T, k=10)
+    everyone = run(world, Offer(case.candidates, case.seed, split, schedule)).latents[case.index]
+    offer, secret = study.few(case, split, schedule)
+    assert offer.N <= 2 and offer.candidates[secret.index] == case.candidates[case.index]
+    assert torch.allclose(run(world, offer).latents[secret.index], everyone, atol=1e-4)
+    if schedule == PAPER_K10:  # and the pivot matters: another one gives another latent
+        other, secret = study.few(case, split, replace(schedule, pivot=17))
+        assert not torch.allclose(run(world, other).latents[secret.index], everyone, atol=1e-4)
+
+
+def test_competitors_are_matched_in_multiply_adds_and_start_late():
+    shape, target = cost.shape("sd14"), cost.macs(cost.shape("sd14"), PAPER_K10, 10, 30)
+    for technique in ("deepcache", "tgate", "encoder"):
+        found = study.matched(shape, technique, 10, 30, target)
+        assert found.techniques == (technique,)
+        assert abs(cost.macs(shape, found, 10, 30) / target - 1) < 0.12
+    found = study.matched(shape, "tgate", 10, 30, cost.macs(shape, Schedule.gate(10, 7), 10, 30))
+    assert found == Schedule.gate(10, 7)
+    half = Schedule.every("encoder", 10, 2)
+    late = study.matched(shape, "encoder", 10, 30, cost.macs(shape, half, 10, 30))
+    assert len(late.encoder) == len(half.encoder) == 5 and late.encoder == (5, 6, 7, 8, 9)
+    with pytest.raises(ValueError, match="'skip' has no setting to match"):
+        study.matched(shape, "skip", 10, 30, 1)
+
+
+def test_the_ablation_asks_each_question_once(shape):
+    lines = study.variants(shape, r=(2, 8), s=(8,), refresh=(2, None), pivots=(29,))
+    names = [(line.name, line.group, line.N, line.k) for line in lines]
+    assert len(set(names)) == len(names)
+    assert {line.group for line in lines} == {"technique", "reach of reuse", "r", "s", "refresh", "pivot",
+                                              "against cache+skip", "against cache+skip+reuse"}
+    combined = {line.schedule.techniques for line in lines if line.group == "technique" and line.N == 30 and line.k == 10}
+    assert combined == {(), ("reuse",), ("cache",), ("skip",), ("merge",), ("cache", "reuse"), ("cache", "skip"),
+                        ("reuse", "skip"), ("cache", "reuse", "skip")}
+    paper = next(line for line in lines if line.name == "cache+skip+reuse")
+    assert paper.schedule == PAPER_K10
+    assert [line.schedule.cache for line in lines if line.group == "refresh"] == [(4, 6, 8), (4, 5, 6, 7, 8, 9)]
+    short = study.variants(shape, short=True)
+    assert len(short) < 12 and {line.k for line in short} == {5, 10}
+
+
+def test_no_acceleration_is_at_no_distance_and_every_metric_has_an_interval(measured, shape):
+    lines, results, real = measured
+    table = study.ablation(shape, lines, results, real)
+    plain = table[table.method == "none"]
+    assert (plain.distance == 0).all() and (plain.macs_ratio == 1).all()
+    rest = table[table.method != "none"]
+    assert (rest.distance > 0).all() and (rest.macs_ratio < 1).all()
+    for name in study.METRICS:
+        assert (table[f"{name}_low"] <= table[name] + 1e-12).all() and (table[name] <= table[f"{name}_high"] + 1e-12).all()
+    paper = table[(table.method == "cache+skip+reuse") & (table.candidates == 30) & (table.k == 10)].iloc[0]
+    assert paper.macs_ratio == cost.macs(shape, PAPER_K10, 10, 30) / cost.macs(shape, NONE, 10, 30)
+    assert math.isnan(study.ablation(shape, lines, results, np.zeros((0, 1))).kid.iloc[0])
+
+
+def test_a_competitor_that_is_ours_is_neither_better_nor_worse(measured, shape):
+    lines, results, real = measured
+    table = study.competition(shape, lines, results, real)
+    assert len(table) == 3 * len(study.METRICS) and set(table.method) == {"deepcache", "tgate", "encoder"}
+    assert (abs(table.value - table.ours - table.difference) < 1e-6).all()
+    own = next(i for i, line in enumerate(lines) if line.schedule == PAPER_K10)
+    same = [*lines, replace(lines[own], group="against cache+skip+reuse", name="ours again")]
+    again = study.competition(shape, same, [*results, results[own]], real)
+    again = again[again.method == "ours again"]
+    assert (again.difference == 0).all() and (again.verdict == "undecided").all()
+    worse = dict(results[own]) | {"clip_score": results[own]["clip_score"] - 0.1, "distance": results[own]["distance"] - 1}
+    verdicts = study.competition(shape, same, [*results, worse], real).set_index(["method", "metric"]).verdict
+    assert verdicts["ours again", "clip_score"] == "ours" and verdicts["ours again", "distance"] == "theirs"
+
+
+def test_who_is_far_from_the_pivot_is_told_apart(measured):
+    lines, results, _ = measured
+    table = study.by_distance_to_pivot(lines, results)
+    assert table.groupby("method").prompts.sum().eq(2).all() and table.apart.between(0, 3).all()
+    assert {"cache+skip+reuse", "reuse throughout", "pivot 29"} == set(table.method)
+
+
+def test_a_promise_is_kept_broken_or_undecided(measured):
+    lines, results, _ = measured
+    timed = pd.DataFrame([{"candidates": 6, "k": 5, "ratio": x, "low": x - 0.05, "high": x + 0.05, "macs_ratio": 0.7}
+                          for x in (0.7, 0.82, 0.9)])
+    table = study.kept_promises(lines, results, timed)
+    seconds = table[table.promise == "seconds"]
+    assert list(seconds.verdict) == ["kept", "undecided", "broken"] and seconds.bound.iloc[0] == pytest.approx(0.8)
+    assert set(zip(table.candidates[:2], table.k[:2], strict=True)) == {(30, 10), (6, 5)}
+
+
+def test_what_is_watched_is_what_the_unet_computes_and_nothing_stays(folder, world):
+    found = study.trajectory(study.Trajectory(folder, "n30", 0, 0))
+    assert found["cross"].shape == found["mid"].shape == (world.T - 1,) and (found["cross"] > 0).all()
+    assert found["heat"].shape == (len(study.SHOWN), 2, len(study.WORDS), 8, 8)
+    assert found["plain"].shape == found["centred"].shape == (len(study.SHOWN), 2, study.COMPONENTS, 64)
+    products = np.einsum("sicx,sidx->sicd", found["plain"], found["plain"])
+    assert np.allclose(products, np.eye(study.COMPONENTS), atol=1e-4)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in world.cloud.modules())
+
+    case, name = study.cases(world, "n30", 1)[0], "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    attn, real = world.cloud.get_submodule(name), case.candidates[case.index]
+    kept = {}
+    from diffusers.models.attention_processor import AttnProcessor  # writes its maps out
+    with study.watched(world.cloud, 1, (0,)) as seen:
+        before, score = attn.processor, attn.get_attention_scores
+        attn.set_processor(AttnProcessor())
+        attn.get_attention_scores = lambda *args: kept.setdefault("map", score(*args))
+        run(world, Offer((real,), case.seed, Split(T=world.T, k=1)))
+        attn.set_processor(before)
+        del attn.get_attention_scores
+    assert torch.allclose(seen[name][0], kept["map"].unflatten(0, (2, attn.heads))[1], atol=1e-5)
+
+
+def test_equal_candidates_would_share_all_components_and_strangers_fewer(folder):
+    results = [study.trajectory(study.Trajectory(folder, "n30", i, 0)) for i in range(2)]
+    steps = study.figure6(results, "tiny")
+    assert list(steps.step[steps.part == "mid-block"]) == list(range(1, 12)) and (steps.low <= steps.high).all()
+    table = study.figure9(results, "tiny")
+    assert table.value.between(0, 1.0001).all() and len(table) == 4 * len(study.SHOWN)
+    twins = [dict(one) | {"plain": np.stack([one["plain"][:, 0]] * 2, axis=1)} for one in results]
+    same = study.figure9(twins, "tiny")
+    assert np.allclose(same.value[same.metric == "subspace_similarity"], 1, atol=1e-4)
+
+
+def test_words_are_found_where_they_are_read(world):
+    text, values = "a portrait of a old african man in a red scarf by the sea", {"age": "old", "colour": "red",
+                                                                             "place": "by the sea", "garment": "coat"}
+    tokens = world.tokenizers[0].convert_ids_to_tokens(world.tokenizers[0](text).input_ids)
+    age, _, colour, garment, place = study._positions(world, text, values)
+    assert [tokens[i] for i in (age, colour, place)] == ["old</w>", "red</w>", "sea</w>"] and garment == 0
+
+
+@pytest.mark.parametrize("technique", ["none", "cache", "skip", "cache+skip"])
+def test_kept_bytes_are_as_predicted_and_peaks_count_what_lives(folder, technique):
+    found = {N: study.memory(study.Memory(folder, N, technique)) for N in (2, 6)}
+    assert all(one["kept"] == one["kept_predicted"] for one in found.values())
+    assert found[6]["kept"] == 3 * found[2]["kept"]
+    assert 2 * found[2]["peak"] < found[6]["peak"] < 4 * found[2]["peak"] and found[2]["peak"] > found[2]["kept"]
+
+
+def test_live_bytes_rise_and_fall():
+    weight = torch.zeros(1000)
+    with study._Live([weight]) as live:
+        view = weight.view(10, 100)  # no new bytes
+        a = torch.ones(1000)
+        b = a + 1
+        del a
+        c = b * 2
+    assert live.peak == 8000 and live.now == 8000 and view.shape == (10, 100) and c.shape == (1000,)
+
+
+def test_seconds_come_with_what_was_predicted(folder, shape):
+    cell = study.Timing(folder, 2, 2, torch.get_num_threads())
+    table = study.seconds_table(shape, [cell], [study.whole_runs(cell)])
+    assert list(table.k) == [5, 10] and (table.low <= table.ratio).all() and (table.ratio <= table.high).all()
+    assert table.macs_ratio.iloc[0] == cost.macs(shape, PAPER_K5, 5, 2) / cost.macs(shape, NONE, 5, 2)
+    steps = study.steps_table(shape, [cell], [study.single_steps(cell)], [cost.shape("sd14")])
+    assert len(steps) == 3 * len(study.STEPS) and (steps.ratio[steps.technique == "none"] == 1).all()
+    macs = steps[(steps.what == "multiply-adds")].set_index(["world", "technique"]).ratio
+    assert macs[shape.name, "reuse"] == macs[shape.name, "reuse, map written out"] < 1
+
+
+def test_tables_of_the_paper_come_from_shapes():
+    flops = pd.DataFrame(cost.flops_table())
+    table = study.table7(flops)
+    assert set(table.metric) == {"tflops", "full_tmacs"} and len(table) == 2 * (flops.artefact == "Table 7").sum()
+    bars = study.figure12()
+    assert (bars.world == "sd14").all() and list(bars.on[:1]) == ["reuse"] and (bars.spent < bars.plain).all()
+
+
+def test_an_attempt_shows_both_pictures_and_its_bill(folder, shape):
+    found = study.attempt(folder, "a portrait of an old male person by the sea", Schedule.points(6, 2, 3), k=6)
+    assert found.pictures.shape == (2, 3, 32, 32) and not torch.equal(*found.pictures)
+    bill = found.bill.set_index("what").value
+    assert bill["candidates"] == 6
+    assert bill["share of the work left"] == cost.macs(shape, Schedule.points(6, 2, 3), 6, 6) / cost.macs(shape, k=6,
+                                                                                                    candidates=6)

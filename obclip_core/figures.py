@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,4 +291,154 @@ def quickstart_bill(bill: pd.DataFrame) -> Figure:
         work.set_yticks(places, bill["system"])
         work.set(xlabel="multiply-adds of one picture (billions)", xscale="symlog", ylim=(len(bill) - 0.5, -0.5))
         traffic.set(xlabel="on the wire (kB)")
+    return figure
+
+
+def cache_steps(table: pd.DataFrame, r: int, s: int) -> Figure:
+    """Figure 6, curves: relative change of cross-attention maps and mid block from step to step; points r and s."""
+    figure = lines(table, "step", "value", by="part", low="low", high="high", xlabel="denoising step",
+                   ylabel="relative change since the step before", width=5.6)
+    for at, name in ((r, "r"), (s, "s")):
+        figure.axes[0].axvline(at, color="0.4", ls=":", lw=1)
+        figure.axes[0].annotate(name, (at, 1), (2, -8), xycoords=("data", "axes fraction"), textcoords="offset points")
+    return figure
+
+
+def cache_words(heat: Any, words: Sequence[str], steps: Sequence[int]) -> Figure:
+    """Figure 6, maps (steps, 2, words, h, w): where two candidates attend to single words, each on its own scale."""
+    maps = _array(heat)
+    low, high = maps.min((-1, -2), keepdims=True), maps.max((-1, -2), keepdims=True)
+    rows = [f"{who}, step {step}" for step in steps for who in ("real", "other")]
+    return heat_maps((maps - low) / np.maximum(high - low, 1e-12), rows, words, label="attention, least to most")
+
+
+def cache_components(components: Any, step: int) -> Figure:
+    """Figure 9, maps (2, c, h, w): leading components of two candidates' self-attention; each on its own scale."""
+    maps = _array(components)
+    maps = maps / np.maximum(np.abs(maps).max((-1, -2), keepdims=True), 1e-12)
+    columns = [f"component {n + 1}" for n in range(maps.shape[1])]
+    return heat_maps(maps, ["real candidate", "other"], columns, label=f"weight at step {step}", low=-1, high=1)
+
+
+def cache_likeness(table: pd.DataFrame) -> Figure:
+    """Figure 9, numbers: how much of the leading subspace two candidates, and two strangers, share at each step."""
+    strangers = table.metric.str.contains("other prompt")
+    table = table.assign(
+        pair=np.where(strangers, "two prompts, two noises", "two candidates, one noise"),
+        map=np.where(table.metric.str.contains("centred"), "mean taken off", "as it is"))
+    return lines(table, "step", "value", by="pair", panel="map", low="low", high="high", xlabel="denoising step",
+                 ylabel="shared part of leading subspace", width=7.2)
+
+
+def flops_per_step(table: pd.DataFrame) -> Figure:
+    """Figure 12: operations of every step by the paper's rule, the saved part hatched and its share above it."""
+    figure = shaded_bars(table, "step", "spent", "plain", xlabel="denoising step", width=6.4,
+                         ylabel="operations a candidate ($10^{12}$)")
+    for place, row in enumerate(table.itertuples()):
+        figure.axes[0].annotate(f"{row.spent / row.plain - 1:+.0%}", (place, row.plain), (0, 2), fontsize=7,
+                                ha="center", textcoords="offset points")
+    return figure
+
+
+def cache_pictures(pictures: Any, columns: Sequence[str]) -> Figure:
+    """Figure 8: pictures (columns, prompts, 3, H, W), a row a prompt, a column a set of techniques."""
+    images = _array(pictures).swapaxes(0, 1)
+    return picture_grid(images, [""] * images.shape[0], columns)
+
+
+def cache_fronts(table: pd.DataFrame, metrics: Mapping[str, tuple[str, bool]]) -> Figure:
+    """The ablation: multiply-adds left against each metric, coloured by what is asked, with the Pareto front."""
+    shown = {name: told for name, told in metrics.items() if table[name].notna().any()}
+    with styled():
+        figure = new_figure(7.6, 2.6 * -(-len(shown) // 2))
+        grid = figure.subplots(-(-len(shown) // 2), 2, squeeze=False)
+        for axes, (name, (label, more)) in zip(grid.flat, shown.items(), strict=False):
+            for number, (group, part) in enumerate(_groups(table, "group")):
+                error = np.maximum(0, [part[name] - part[f"{name}_low"], part[f"{name}_high"] - part[name]])
+                axes.errorbar(100 * part["macs_ratio"], part[name], yerr=error, fmt="os^DvPXh"[number % 8], lw=0.7,
+                              color=COLOURS[number % len(COLOURS)], capsize=1.5, label=group)
+            best = table[front(table["macs_ratio"], -table[name] if more else table[name])].sort_values("macs_ratio")
+            axes.plot(100 * best["macs_ratio"], best[name], color="0.4", ls="--", lw=1, marker="", zorder=0,
+                      label="Pareto front")
+            axes.set(xlabel="multiply-adds left (%)", ylabel=f"{label} ({'more' if more else 'less'} is better)")
+        for axes in list(grid.flat)[len(shown):]:
+            axes.set_axis_off()
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    return figure
+
+
+def cache_sweeps(table: pd.DataFrame) -> Figure:
+    """What one setting at a time does: distance from the unaccelerated picture and work left, a panel a setting."""
+    with styled():
+        figure, panels = _panels(table, "group", "distance from the unaccelerated picture", 7.6)
+        for axes, part in panels:
+            places = range(len(part))
+            error = np.maximum(0, [part["distance"] - part["distance_low"], part["distance_high"] - part["distance"]])
+            axes.errorbar(places, part["distance"], yerr=error, fmt="o-", lw=1.2, capsize=2)
+            for place, row in zip(places, part.itertuples(), strict=True):
+                axes.annotate(f"{row.macs_ratio:.0%}", (place, row.distance), (4, 4), textcoords="offset points",
+                              fontsize=7)
+            axes.set_xticks(places, part["setting_value"], rotation=30)
+            axes.margins(x=0.15)
+    return figure
+
+
+def cache_competition(table: pd.DataFrame, metrics: Mapping[str, tuple[str, bool]]) -> Figure:
+    """Theirs minus ours at equal multiply-adds, a panel a metric, each in units of its widest interval; 0 is a draw."""
+    table = table[table["difference"].notna()].copy()
+    for name in table["metric"].unique():
+        at = table["metric"] == name
+        unit = table.loc[at, ["low", "high"]].abs().to_numpy().max() or 1.0
+        table.loc[at, ["difference", "low", "high"]] /= unit if metrics[name][1] else -unit
+    table[["low", "high"]] = np.sort(table[["low", "high"]].to_numpy(), axis=1)
+    table["what"] = table["metric"].map(lambda name: metrics[name][0])
+    return dots(table, "difference", "what", by="method", low="low", high="high", panel="against", reference=0,
+                xlabel="ours better  |  theirs better", width=7.6)
+
+
+def cache_by_candidates(table: pd.DataFrame) -> Figure:
+    """Which technique helps at which N: share of a plain step's multiply-adds and seconds that is left."""
+    shown = table.assign(N=[f"N = {n}" for n in table["candidates"]], left=100 * table["ratio"],
+                         left_low=100 * table["low"], left_high=100 * table["high"])
+    return dots(shown, "left", "technique", by="what", low="left_low", high="left_high", panel="N", reference=100,
+                xlabel="of a plain step (%)", width=7.6)
+
+
+def cache_seconds(table: pd.DataFrame) -> Figure:
+    """Seconds against multiply-adds, both as shares of no acceleration; on the line they agree."""
+    with styled():
+        figure = new_figure(4.6, 3.2)
+        axes = figure.add_subplot()
+        for number, (name, part) in enumerate(_groups(table.assign(N=table["candidates"]), "N")):
+            error = 100 * np.maximum(0, [part["ratio"] - part["low"], part["high"] - part["ratio"]])
+            axes.errorbar(100 * part["macs_ratio"], 100 * part["ratio"], yerr=error, fmt="os^D"[number % 4], capsize=2,
+                          label=f"N = {name}")
+            for row in part.itertuples():
+                axes.annotate(f"k = {row.k}", (100 * row.macs_ratio, 100 * row.ratio), (5, -3), fontsize=7,
+                              textcoords="offset points")
+        ends = [0.95 * 100 * table["macs_ratio"].min(), 1.05 * 100 * table["macs_ratio"].max()]
+        axes.plot(ends, ends, color="0.4", ls="--", lw=1, marker="", label="as predicted")
+        axes.plot(ends, [end + 10 for end in ends], color="0.6", ls=":", lw=1, marker="", label="10 points worse")
+        axes.set(xlabel="multiply-adds left (%)", ylabel="seconds left (%)")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def cache_memory(table: pd.DataFrame) -> Figure:
+    """Bytes at every N: what is kept from step to step and the peak, predicted from shapes and counted."""
+    with styled():
+        figure, panels = _panels(table.assign(N=[f"N = {n}" for n in table["candidates"]]), "N", "megabytes", 7.6)
+        for axes, part in panels:
+            at = np.arange(len(part))
+            for place, (name, label) in enumerate({"kept_predicted_mb": "kept, predicted", "kept_mb": "kept, counted",
+                                                   "peak_predicted_mb": "peak, predicted",
+                                                   "peak_mb": "peak, counted"}.items()):
+                axes.bar(at + 0.2 * (place - 1.5), part[name], 0.2, label=label, color=COLOURS[place // 2],
+                         hatch="///" if place % 2 == 0 else "", alpha=0.6 if place % 2 == 0 else 1.0)
+            axes.set_xticks(at, part["technique"], rotation=30)
+            axes.set_yscale("log")
+            axes.grid(axis="x", visible=False)
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure

@@ -2,7 +2,7 @@
 
 A transcript is everything that leaves the device in one request: a tuple of messages in order, each as bytes. The
 number of messages and their sizes are part of it. A client turns the text that a user typed into a distribution of
-transcripts (transcript -> probability). The cloud can tell two texts apart exactly as far as their distributions differ:
+transcripts (transcript -> probability). The cloud can tell two texts apart as far as their distributions differ:
 
     advantage = max over pairs of the total variation distance      (0: nobody can do better than guessing)
     epsilon   = max over pairs and transcripts of the log ratio      (must not exceed what the mechanism promises)
@@ -101,7 +101,7 @@ def spellings(prompt: Prompt) -> tuple[str, ...]:
     texts = []
     for text in candidates(prompt):
         other = text
-        for word, synonym in (("old", "elderly"), ("woman", "lady"), ("man", "gentleman"), ("african", "black african")):
+        for word, synonym in (("old", "elderly"), ("woman", "lady"), ("man", "gentleman"), ("african", "kenyan")):
             other = " ".join(synonym if token == word else token for token in other.split(" "))
         swapped = {"a": "an", "an": "a"}
         articles = " ".join(swapped.get(token, token) for token in text.split(" "))
@@ -247,12 +247,13 @@ def publication_attack(candidate_features: np.ndarray, published: np.ndarray) ->
 
     candidate_features (N, ...) are what the cloud has or can make: its latents at step k, image features of them, or
     features of the pictures it gets by finishing all of them itself; published (...) is the same kind of array of the
-    published picture. Distance: Euclidean after the candidates' common mean is removed.
+    published picture. Distance: Euclidean.
     """
     candidate_features, published = np.asarray(candidate_features, float), np.asarray(published, float)
     if candidate_features.shape[1:] != published.shape:
         raise ValueError(f"features of shape {candidate_features.shape[1:]} against a published {published.shape}")
-    return int(np.argmin(((candidate_features - published[None]) ** 2).reshape(len(candidate_features), -1).sum(axis=1)))
+    squares = (candidate_features - published[None]) ** 2
+    return int(np.argmin(squares.reshape(len(squares), -1).sum(axis=1)))
 
 
 def publication_row(guesses: Sequence[int], reals: Sequence[int], candidates: int, k: int, features: str) -> dict:
@@ -312,7 +313,7 @@ def attack_table(
     n, uniform, values = prompt.count, np.full(prompt.count, 1 / prompt.count), candidate_values(prompt)
     priors = {"prior (uniform)": uniform, "prior (skewed)": skewed(n)}
     priors[f"cue ({cue})"] = cue_prior(values, cue_table()[cue][0], cue_strength)
-    missed = next(row for row in detector_table(("ordinary",)) if row["measure"] == "prompts without a miss")
+    missed = next(row for row in detector_table(("held-out",)) if row["measure"] == "prompts without a miss")
     rows = []
     for mechanism in mechanisms if mechanisms is not None else standard_mechanisms(prompt):
         name, epsilon = mechanism.name, mechanism.epsilon

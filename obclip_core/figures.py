@@ -442,3 +442,119 @@ def cache_memory(table: pd.DataFrame) -> Figure:
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
+
+
+def posteriors(table: pd.DataFrame) -> Figure:
+    """What the cloud believes of each candidate before (outline) and after (filled) the offer that tells most: a row a
+    prior, a column a mechanism. Columns prior_name, mechanism, candidate, prior, posterior."""
+    names, chosen = (list(dict.fromkeys(table[column])) for column in ("prior_name", "mechanism"))
+    with styled():
+        figure = new_figure(2.3 * len(chosen) + 0.6, 1.6 * len(names) + 0.3)
+        grid = figure.subplots(len(names), len(chosen), squeeze=False, sharey="row", sharex=True)
+        for row, name in zip(grid, names, strict=True):
+            for axes, mechanism in zip(row, chosen, strict=True):
+                part = table[(table.prior_name == name) & (table.mechanism == mechanism)].sort_values("candidate")
+                axes.bar(part.candidate, part.posterior, color=COLOURS[0], width=0.8, label="after the offer")
+                axes.bar(part.candidate, part.prior, width=0.8, fill=False, edgecolor="black", label="before")
+                axes.grid(axis="x", visible=False)
+            row[0].set_ylabel(f"probability\n({name} prior)")
+        for axes, mechanism in zip(grid[0], chosen, strict=True):
+            axes.set_title(mechanism)
+        for axes in grid[-1]:
+            axes.set_xlabel("candidate")
+        grid[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def attack_success(table: pd.DataFrame) -> Figure:
+    """How often each attack names the real candidate, a row a mechanism and a column an attack; empty where an attack
+    does not apply. Columns mechanism, attack, success."""
+    wide = table.pivot_table(index="mechanism", columns="attack", values="success", sort=False)
+    wide = wide[list(dict.fromkeys(table.attack))]
+    with styled():
+        figure = new_figure(0.62 * len(wide.columns) + 2.6, 0.26 * len(wide) + 1.5)
+        axes = figure.add_subplot()
+        image = axes.imshow(wide, vmin=0, vmax=1, aspect="auto", interpolation="none")
+        for (y, x), value in np.ndenumerate(wide.to_numpy()):
+            if not np.isnan(value):
+                colour = "white" if value < 0.5 else "black"
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        axes.set_xticks(range(len(wide.columns)), wide.columns, rotation=35, ha="left")
+        axes.set_yticks(range(len(wide)), wide.index)
+        axes.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False)
+        _bare(axes)
+        figure.colorbar(image, ax=axes, label="how often the guess is right", shrink=0.8)
+    return figure
+
+
+def privacy_price(table: pd.DataFrame) -> Figure:
+    """The largest posterior that an offer gives a candidate, against the number m of candidates sent (uniform prior):
+    a line an epsilon of the subset mechanism. Columns mechanism, n, m, epsilon, posterior."""
+    table = table[table.mechanism.isin(["subset", "truth_plus_others", "enumerate_all"])]
+    names = {"truth_plus_others": "real one + others\n(no epsilon)", "enumerate_all": "all candidates"}
+    label = [names.get(row.mechanism, f"subset, epsilon {row.epsilon:g}") for row in table.itertuples()]
+    panel = [f"N = {n}" for n in table.n]
+    table = table.assign(label=label, panel=panel)
+    return lines(table, "m", "posterior", by="label", panel="panel", log="xy", xlabel="candidates sent, m",
+                 ylabel="largest posterior (1)")  # fmt: skip
+
+
+def repeats_cost(table: pd.DataFrame) -> Figure:
+    """What t answers to one prompt cost: the plain sum, the tighter composition at a delta, and memoised answers."""
+    delta = table.delta.iloc[0]
+    names = {"sum_epsilon": "fresh answers, sum", "epsilon_at_delta": f"fresh answers, at delta = {delta:g}",
+             "memoised_epsilon": "memoised answers"}  # fmt: skip
+    long = table.melt("requests", list(names), "answers", "epsilon").replace({"answers": names})
+    return lines(long, "requests", "epsilon", by="answers", log="xy", width=5.6,
+                 xlabel="requests for one prompt", ylabel="epsilon spent (1)")  # fmt: skip
+
+
+def repeats_attack(table: pd.DataFrame) -> Figure:
+    """How often intersecting t answers names the real candidate. Columns answers, requests, success, low, high."""
+    return lines(table, "requests", "success", by="answers", low="low", high="high", log="x", width=5.6,
+                 xlabel="requests for one prompt", ylabel="how often the guess is right")  # fmt: skip
+
+
+def publication_attack(table: pd.DataFrame) -> Figure:
+    """How often the published picture gives the real candidate away, against k: a panel an N, a line an attack, dashed
+    the guess without the picture. Columns attack, k, candidates, success, low, high, guess."""
+    table = table.assign(panel=[f"N = {n}" for n in table.candidates])
+    figure = lines(table, "k", "success", by="attack", panel="panel", low="low", high="high",
+                   xlabel="switch point k (steps)", ylabel="how often the cloud is right")  # fmt: skip
+    for axes, (_, part) in zip(figure.axes, _groups(table, "panel"), strict=True):
+        axes.axhline(part.guess.iloc[0], color="0.3", ls="--", lw=1, marker="")
+        axes.set_ylim(-0.03, 1.03)
+    return figure
+
+
+def replaced_steps(table: pd.DataFrame) -> Figure:
+    """Figure 4: attribute accuracy and CLIP score against the share of steps under the real prompt; the others, the
+    first ones, are under another candidate. Grey: the paper's 80 %. Dashed: what the other one's values score."""
+    single = table[table.against_share.isna()] if "against_share" in table else table
+    with styled():
+        figure = new_figure(7.0, 2.8)
+        panels = figure.subplots(1, 2)
+        named = (("attribute_accuracy", "attribute accuracy (share right)"), ("clip_score", "CLIP score (cosine)"))
+        for axes, (metric, label) in zip(panels, named, strict=True):
+            part = single[single.metric == metric].sort_values("share")
+            axes.plot(part.share, part.value)
+            axes.fill_between(part.share, part.low, part.high, alpha=0.2, lw=0)
+            axes.axvline(80, color="0.7", lw=3, marker="", zorder=0)
+            if part.chance.notna().any():
+                axes.axhline(part.chance.iloc[0], color="0.3", ls="--", lw=1, marker="")
+            axes.set(xlabel="steps under the real prompt (%)", ylabel=label)
+    return figure
+
+
+def meaning_price(table: pd.DataFrame) -> Figure:
+    """Attribute accuracy of the picture against how well the cloud guesses the real candidate from what it is sent; a
+    colour a mechanism, a number an epsilon. Columns mechanism, epsilon, success, value, low, high."""
+    label = ["" if e in (0, float("inf")) else f"{e:g}" for e in table.epsilon]
+    return pareto(table.assign(label=label), "success", "value", by="mechanism", label="label", low="low", high="high",
+                  xlabel="how often the cloud's best guess is right", ylabel="attribute accuracy (share right)",
+                  larger_is_better=True, width=6.4)  # fmt: skip
+
+
+def detector_recall(table: pd.DataFrame) -> Figure:
+    """What the detector finds and how precise it is, with 95 % bounds. Columns part, measure, share, low, high."""
+    return dots(table, "share", "measure", by="part", low="low", high="high", xlabel="share (1)", width=6.4)

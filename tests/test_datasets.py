@@ -18,7 +18,7 @@ def annotations(n: int = 3) -> dict:
     images = [{"id": 10 * i + 5, "file_name": f"COCO_val2014_{10 * i + 5:012d}.jpg"} for i in reversed(range(n))]
     notes = [
         {"id": 100 * i + j, "image_id": 10 * i + 5, "caption": f"caption {j} of {i} \n"}
-        for i in range(n)
+        for i in reversed(range(n))
         for j in (3, 1, 2)
     ]
     return {"images": images, "annotations": notes}

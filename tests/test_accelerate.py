@@ -312,6 +312,12 @@ def test_the_papers_settings():
     assert PAPER_K10.on(4) == {"cache"} and PAPER_K10.on(0) == {"reuse"} and PAPER_K10.on(20) == frozenset()
 
 
+def test_union_keeps_steps_and_settings_of_all():
+    both = union([Schedule(merge=(2,), merge_depth=1), Schedule.every("deepcache", 4, 2, branch=1), Schedule(merge=(1,))])
+    assert both == Schedule(merge=(1, 2), merge_depth=1, deepcache=(1, 3), branch=1)
+    assert union([]) == NONE
+
+
 @pytest.mark.parametrize("schedule", [NONE, PAPER_K10, *ALL.values()])
 def test_a_schedule_travels_as_plain_data(schedule):
     assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule

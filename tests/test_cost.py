@@ -103,10 +103,19 @@ def test_predicted_equals_counted_without_guidance_and_on_odd_sizes():
         assert counted(unet, plan, steps, 2, 2, guided=False, size=(10, 6)) == predicted
 
 
-@pytest.mark.parametrize("name", ["sd14", "rv40", "small-sd", "bk-sdm-small", "bk-sdm-tiny", "sdxl", "lcm-sdxl",
-                                  "koala-700m"])
+def config_of(name):
+    return json.loads((cost.DATA / "unets" / f"{name}.json").read_text("utf-8"))
+
+
+def test_realistic_vision_is_a_stable_diffusion_and_lcm_an_sdxl_with_one_layer_more():
+    assert config_of("rv40") == config_of("sd14")
+    assert config_of("lcm-sdxl") == config_of("sdxl") | {"time_cond_proj_dim": 256}
+    assert cost.step_macs(cost.shape("lcm-sdxl")) - cost.step_macs(cost.shape("sdxl")) == 2 * 256 * 320
+
+
+@pytest.mark.parametrize("name", ["sd14", "small-sd", "bk-sdm-small", "bk-sdm-tiny", "sdxl", "koala-700m"])
 def test_predicted_equals_counted_for_the_papers_unets(name):
-    config = json.loads((cost.DATA / "unets" / f"{name}.json").read_text("utf-8"))
+    config = config_of(name)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config).eval()
     call = inputs(unet, 1, (config["sample_size"],) * 2)

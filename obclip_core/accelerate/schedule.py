@@ -157,12 +157,15 @@ class Schedule:
 
 
 def union(schedules: Iterable[Schedule]) -> Schedule:
-    """One schedule with all of theirs on; settings from the last."""
-    merged: dict[str, Any] = {}
+    """One schedule with all of theirs on; where settings differ from the usual, the last one's."""
+    usual, both = asdict(Schedule()), {}
     for schedule in schedules:
-        data = asdict(schedule)
-        merged = {**data, **{name: tuple(sorted({*merged.get(name, ()), *data[name]})) for name in TECHNIQUES}}
-    return Schedule(**merged)
+        for key, value in asdict(schedule).items():
+            if key in TECHNIQUES:
+                both[key] = tuple(sorted({*both.get(key, ()), *value}))
+            elif value != usual[key]:
+                both[key] = value
+    return Schedule(**both)
 
 
 NONE = Schedule()

@@ -34,8 +34,7 @@ from obclip_core.accelerate import NONE, Schedule
 from obclip_core.accelerate.merge import merged
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "paper"
-PRODUCTS = ("qk", "av")
-KINDS = ("conv", "linear", *PRODUCTS)
+KINDS = ("conv", "linear", "qk", "av")
 LCM = "lcm-sdxl"
 DEVICES = ("bk-sdm-small", "bk-sdm-tiny", "small-sd", "koala-700m")
 POINTS = {5: (3, 3), 10: (4, 6), 4: (2, None)}  # k: (r, s)
@@ -144,8 +143,13 @@ def step_macs(shape: Shape, schedule: Schedule = NONE, step: int = 0, candidates
 
 def macs(shape: Shape, schedule: Schedule = NONE, k: int = 25, candidates: int = 1, **options: Any) -> int:
     """Multiply-adds of steps 0 .. k-1, as ``step_macs``."""
-    kinds_of_step = {schedule.on(step): step for step in range(k)}
-    each = {on: step_macs(shape, schedule, step, candidates, **options) for on, step in kinds_of_step.items()}
+    return _over(schedule, k, lambda step: step_macs(shape, schedule, step, candidates, **options))
+
+
+def _over(schedule: Schedule, k: int, count: Callable[[int], int]) -> int:
+    """The sum of ``count`` over k steps; steps with the same techniques on cost the same."""
+    first = {schedule.on(step): step for step in reversed(range(k))}
+    each = {on: count(step) for on, step in first.items()}
     return sum(each[schedule.on(step)] for step in range(k))
 
 
@@ -273,7 +277,7 @@ def paper_step(shape: Shape, schedule: Schedule = NONE, step: int = 0, candidate
 def paper_flops(shape: Shape, schedule: Schedule = NONE, k: int = 25, candidates: int = 1, *,
                 device: bool = False) -> int:
     """Operations of steps 0 .. k-1 by the paper's rule."""
-    return sum(paper_step(shape, schedule, step, candidates, device=device) for step in range(k))
+    return _over(schedule, k, lambda step: paper_step(shape, schedule, step, candidates, device=device))
 
 
 def paper_schedule(k: int, *, reuse: bool = True, refresh: int | None = 5) -> Schedule:

@@ -313,7 +313,8 @@ def test_the_papers_settings():
 
 
 def test_union_keeps_steps_and_settings_of_all():
-    both = union([Schedule(merge=(2,), merge_depth=1), Schedule.every("deepcache", 4, 2, branch=1), Schedule(merge=(1,))])
+    both = union([Schedule(merge=(2,), merge_depth=1), Schedule.every("deepcache", 4, 2, branch=1),
+                  Schedule(merge=(1,))])
     assert both == Schedule(merge=(1, 2), merge_depth=1, deepcache=(1, 3), branch=1)
     assert union([]) == NONE
 

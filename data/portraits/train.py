@@ -1,5 +1,5 @@
 """Trains the world `portraits`, part by part, from nothing: ``make world``, or for single parts
-``PYTHONPATH=. .venv/bin/python data/portraits/train.py PART ...``.
+``.venv/bin/python data/portraits/train.py PART ...``.
 
 Parts, in the order of what they need: vae, text, scorer, cloud, device, cloud_lcm. Each resumes from its last
 checkpoint in data/portraits/cache/, logs its loss to data/portraits/curves/<part>.csv, and ends by writing its weights
@@ -505,7 +505,9 @@ def _process(rank: int, processes: int, part: str, port: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which parts (default: all; a finished one is passed over)")
+    parser.add_argument(
+        "parts", nargs="*", choices=[*PARTS, []], help="which parts (default: all; a finished one is passed over)"
+    )
     for part in parser.parse_args().parts or PARTS:
         for name, count in SETTINGS["pictures"].items():
             pictures(name, count)

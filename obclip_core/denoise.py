@@ -42,21 +42,19 @@ def run(world: World, offer: Offer, *, start: HandOver | None = None, memory_lim
     ``start`` (see ``noised``) begins from a picture instead of noise. ``memory_limit`` bounds the bytes of one U-Net
     call; ``on_step(step, latents)`` is told every step. The hand-over holds (N, C, h, w).
     """
-    split, N, unet = offer.split, offer.N, world.unet(offer.split.first)
-    first = start.step if start else 0
+    split, N, first = offer.split, offer.N, start.step if start else 0
     scheduler = fresh(world.schedulers[split.first], split.steps, first, world.torch_device)
-    text = condition(world, split.first, offer.candidates)
-
     noise = torch.Generator("cpu").manual_seed(offer.seed)
     z_T = scheduler.init_noise_sigma * _draw(world, noise)
     if start:
         start.check(world, split, step=first, N=1, mode="restart")
-    x = (start.latents if start else z_T).repeat(N, 1, 1, 1)
 
-    chunks = _chunks(unet, x, text, memory_limit)
-    with _accelerated(offer.acceleration, unet, N, text.guided) as at:
-        x = _denoise(unet, scheduler, range(first, split.k), x, text,
-                     [noise.clone_state() for _ in range(N)], chunks, at, on_step)
+    x = (start.latents if start else z_T).repeat(N, 1, 1, 1)
+    if steps := range(first, split.k):
+        unet, text = world.unet(split.first), condition(world, split.first, offer.candidates)
+        chunks = _chunks(unet, x, text, memory_limit)
+        with _accelerated(offer.acceleration, unet, N, text.guided) as at:
+            x = _denoise(unet, scheduler, steps, x, text, [noise.clone_state() for _ in range(N)], chunks, at, on_step)
 
     mode = _mode(world, split)
     state = state_of(scheduler, split.steps, split.k, x) if mode == "exact" else {}
@@ -71,19 +69,20 @@ def finish(world: World, offer: Offer, hand_over: HandOver, secret: Secret, *,
     A hand-over that was already picked is taken as it is. Returns (1, C, h, w); ValueError for a hand-over that was
     made under another configuration, shape, step or precision, naming the difference.
     """
-    split, unet = offer.split, world.unet(offer.split.second)
+    split = offer.split
     secret.check(offer.N)
     hand_over.check(world, split, step=split.k, N=offer.N, mode=_mode(world, split))
     picked = (hand_over if hand_over.N == 1 else hand_over.pick(secret)).to(world.torch_device)
     scheduler = resume(fresh(world.schedulers[split.second], split.T, split.join, world.torch_device), picked.state)
-    text = condition(world, split.second, [offer.candidates[secret.index]])
-
     noise = torch.Generator("cpu").manual_seed(offer.seed)
     for _ in range(1 + split.k):  # pass over the first side's draws: z_T, and at most one a step
         _draw(world, noise)
 
-    return _denoise(unet, scheduler, range(split.join, split.T), picked.latents, text, [noise],
-                    on_step=on_step)
+    x = picked.latents
+    if steps := range(split.join, split.T):
+        unet, text = world.unet(split.second), condition(world, split.second, [offer.candidates[secret.index]])
+        x = _denoise(unet, scheduler, steps, x, text, [noise], on_step=on_step)
+    return x
 
 
 @torch.no_grad()
@@ -136,18 +135,18 @@ def _denoise(unet: Any, scheduler: Any, steps: range, x: torch.Tensor, text: Con
         predictions = []
         for rows in chunks:
             with at(i, rows):
-                predictions.append(_predict(unet, z[rows], t, text[rows], text))
+                predictions.append(_predict(unet, z[rows], t, text, rows))
         x = scheduler.step(torch.cat(predictions), t, x, return_dict=False, **draws(scheduler, noise))[0]
         if on_step is not None:
             on_step(i, x)
     return x
 
 
-def _predict(unet: Any, z: torch.Tensor, t: torch.Tensor, words: dict[str, Any], text: Conditioning) -> torch.Tensor:
+def _predict(unet: Any, z: torch.Tensor, t: torch.Tensor, text: Conditioning, rows: slice) -> torch.Tensor:
     """Classifier-free guidance: e = e(z, nothing) + w (e(z, prompt) - e(z, nothing)), both from one call."""
     if not text.guided:
-        return unet(z, t, **words).sample
-    nothing, prompt = unet(torch.cat([z, z]), t, **words).sample.chunk(2)
+        return unet(z, t, **text[rows]).sample
+    nothing, prompt = unet(torch.cat([z, z]), t, **text[rows]).sample.chunk(2)
     return nothing + text.w * (prompt - nothing)
 
 

@@ -201,6 +201,14 @@ def test_each_half_has_only_its_own_model(tiny_world):
             what()
 
 
+def test_a_device_alone_needs_no_cloud_model_and_vanilla_no_device_model(tiny_world):
+    alone, device = Offer(ONE, 2, Split(4, 0)), tiny_world.half("device")
+    assert torch.equal(generate(device, alone, Secret(0)).latent, generate(tiny_world, alone, Secret(0)).latent)
+    whole, no_device = Offer(tiny.CANDIDATES, 2, Split(4, 4)), replace(tiny_world, device=None)
+    latents = run(tiny_world, whole).latents
+    assert torch.equal(generate(no_device, whole, Secret(3)).latent, latents[3:4])
+
+
 def test_every_step_is_told_in_order(tiny_world):
     told, offer = [], Offer(ONE, 2, Split(6, 2))
     first = run(tiny_world, offer, on_step=lambda step, x: told.append((step, x.shape)))

@@ -178,11 +178,14 @@ def sampled_audit(
 
 def drawing_client(mechanism: Mechanism, serialise: Serialise = canonical_json) -> Callable[[str, Random], Transcript]:
     """A client for `sampled_audit`: one transcript of a text, drawn with the given randomness."""
+    known: dict[str, tuple[tuple[str, ...], int]] = {}
 
     def draw(text: str, random: Random) -> Transcript:
-        prompt = parse(text)
-        texts = candidates(prompt)
-        return (serialise(offer_fields([texts[i] for i in mechanism.draw(real_index(prompt), random)])),)
+        if text not in known:
+            prompt = parse(text)
+            known[text] = candidates(prompt), real_index(prompt)
+        texts, real = known[text]
+        return (serialise(offer_fields([texts[i] for i in mechanism.draw(real, random)])),)
 
     return draw
 

@@ -165,16 +165,32 @@ def _parse(text: str, protect: tuple[str, ...], cues: str, keep: frozenset[str],
     prompt = _read_checked(text, protect, cues, keep, detectors)
     if prompt.count > MOST_CHECKED:
         raise PromptError(f"the prompt has {prompt.count} candidates, too many to check: name fewer persons")
-    # A candidate that this very function would refuse could be ruled out by the cloud: so each is read again, in full.
-    for values in candidate_values(prompt):
-        candidate = render(prompt.pieces, values)
+    _check_closure(_first(prompt), cues, keep, detectors)
+    return prompt
+
+
+def _first(prompt: Prompt) -> Prompt:
+    """The first candidate of a prompt: the same for all of its candidates."""
+    chosen = {key: ATTRIBUTES[attribute_of(key)][0] for key in prompt.enumerated}
+    return replace(prompt, values=tuple((dict(prompt.values) | chosen).items()), notes=())
+
+
+@lru_cache(maxsize=1024)
+def _check_closure(first: Prompt, cues: str, keep: frozenset[str], detectors: tuple) -> None:
+    """Raise PromptError unless every candidate is read as the same template: one that `parse` would refuse, or read as
+    something else, could be ruled out by the cloud."""
+    for values, candidate in zip(candidate_values(first), _texts(first), strict=True):
         try:
-            again = _read_checked(candidate, protect, cues, keep, detectors)
+            again = _read_checked(candidate, first.protect, cues, keep, detectors)
         except PromptError as error:
             raise PromptError(f"the candidate '{candidate}' would be refused ({error}): rephrase the prompt") from error
-        if again.pieces != prompt.pieces or dict(again.values) != values:
+        if again.pieces != first.pieces or dict(again.values) != values:
             raise PromptError(f"'{candidate}' would lead to other candidates ({again.template}): rephrase the prompt")
-    return prompt
+
+
+@lru_cache(maxsize=1024)
+def _texts(first: Prompt) -> tuple[str, ...]:
+    return tuple(render(first.pieces, values) for values in candidate_values(first))
 
 
 @lru_cache(maxsize=4096)
@@ -205,7 +221,7 @@ def candidates(prompt: Prompt | str, limit: int = MOST_CANDIDATES) -> tuple[str,
             f"the prompt has {prompt.count} candidates ({', '.join(prompt.enumerated)}) and the limit is {limit}: "
             "protect fewer attributes, name fewer persons, or raise the limit"
         )
-    return tuple(render(prompt.pieces, values) for values in candidate_values(prompt))
+    return _texts(_first(prompt))
 
 
 def candidate_values(prompt: Prompt) -> tuple[dict[str, str], ...]:
@@ -274,7 +290,7 @@ class Entry:
     values: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class Item:
     """A word or phrase of the text with what stood before it, its entry if it has one, and the person it speaks of."""
 
@@ -619,7 +635,7 @@ def read(text: str, protect: tuple[str, ...]) -> Prompt:
     items, tail = scan(text)
     notes = bind(items)
     values = _collect(items)
-    shaped = _shape(items, values)
+    shaped = _shape(items)
     pieces: list[str | Slot] = []
     for i, (glue, piece) in enumerate(shaped):
         follows = shaped[i + 1][1] if i + 1 < len(shaped) else None
@@ -653,7 +669,7 @@ def _collect(items: list[Item]) -> dict[tuple[str, int], str]:
     return values
 
 
-def _shape(items: list[Item], values: dict[tuple[str, int], str]) -> list[tuple[str, str | Slot]]:
+def _shape(items: list[Item]) -> list[tuple[str, str | Slot]]:
     """The items as (glue, text or slot): each noun phrase gets its slots once, in the order age, ethnicity, gender; an
     age said behind its noun moves before it."""
     shaped: list[tuple[str, str | Slot]] = []
@@ -830,7 +846,7 @@ def edits(word: str) -> set[str]:
     )
 
 
-# ----------------------------------------------------------------------------------- optional detectors beside the rules
+# ---------------------------------------------------------------------------------- optional detectors beside the rules
 
 
 def presidio(kinds: Mapping[str, str] = MappingProxyType({"NRP": "ethnicity", "AGE": "age"})) -> Detector:

@@ -558,3 +558,154 @@ def meaning_price(table: pd.DataFrame) -> Figure:
 def detector_recall(table: pd.DataFrame) -> Figure:
     """What the detector finds and how precise it is, with 95 % bounds. Columns part, measure, share, low, high."""
     return dots(table, "share", "measure", by="part", low="low", high="high", xlabel="share (1)", width=6.4)
+
+
+def split_sweep(table: pd.DataFrame, metrics: Mapping[str, str]) -> Figure:
+    """Figure 3, our metrics (column: label): each against the cloud's share, with intervals, both orders."""
+    table = _measured(table)
+    with styled():
+        figure = new_figure(7.6, 4.8)
+        grid = figure.subplots(-(-len(metrics) // 2), 2, squeeze=False)
+        for axes, (name, label) in zip(grid.flat, metrics.items(), strict=False):
+            for order, part in _groups(table, "order"):
+                part = part.sort_values("share")
+                (line,) = axes.plot(part["share"], part[name], label=order)
+                axes.fill_between(part["share"], part[f"{name}_low"], part[f"{name}_high"], alpha=0.2, lw=0,
+                                  color=line.get_color())
+            axes.axvline(40, color="0.4", ls=":", lw=1)
+            better = "less" if name == "kid" else "more"
+            axes.set(xlabel="the cloud's share of the steps (%)", ylabel=f"{label} ({better} is better)")
+        grid.flat[0].legend()
+    return figure
+
+
+def split_fid_clip(table: pd.DataFrame) -> Figure:
+    """Figure 3 on the paper's axes: FID against CLIP score, a line an order, a point a share."""
+    table = _measured(table)
+    with styled():
+        figure = new_figure(4.6, 3.4)
+        axes = figure.add_subplot()
+        for order, part in _groups(table, "order"):
+            part = part.sort_values("share")
+            axes.plot(part["clip_score"], part["fid"], label=order)
+            for row in part[part["share"].between(1, 99)].itertuples():
+                axes.annotate(f"{row.share:g} %", (row.clip_score, row.fid), (4, 3), textcoords="offset points",
+                              fontsize=7)
+        note = next((text for text in table["fid_note"].dropna() if text), "")
+        axes.set(xlabel="CLIP score (more is better)", ylabel="FID (less is better)")
+        axes.set_title(note, fontsize=7)
+        axes.legend()
+    return figure
+
+
+def split_differences(table: pd.DataFrame) -> Figure:
+    """Cloud-first less device-first at equal share, a panel a metric; right of the line cloud-first is better."""
+    with styled():
+        names = list(dict.fromkeys(table["metric"]))
+        figure = new_figure(7.6, 1.0 + 0.24 * table["share"].nunique())
+        grid = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+        for axes, name in zip(grid, names, strict=True):
+            part, sign = table[table["metric"] == name], -1 if name == "KID" else 1
+            ends = np.sort(sign * part[["low", "high"]].to_numpy(), axis=1)
+            value, places = sign * part["difference"].to_numpy(), range(len(part))
+            axes.errorbar(value, places, xerr=np.maximum(0, [value - ends[:, 0], ends[:, 1] - value]), fmt="o", lw=1.2,
+                          capsize=2)
+            axes.axvline(0, color="0.3", ls="--", lw=1)
+            axes.set_yticks(places, [f"{share:g} %" for share in part["share"]])
+            axes.set(title=name, ylim=(len(part) - 0.5, -0.5))
+            axes.tick_params(axis="x", labelrotation=45)
+        grid[0].set_ylabel("the cloud's share")
+        figure.supxlabel("device-first better  |  cloud-first better", fontsize=8)
+    return figure
+
+
+def split_orders(pictures: Any, shares: Sequence[float], orders: Sequence[str]) -> Figure:
+    """Figure 3, the row of pictures (orders, shares, 3, H, W): one prompt and noise, by order and the cloud's share."""
+    return picture_grid(pictures, orders, [f"{share:g} %" for share in shares], column_title="the cloud's share")
+
+
+def split_grid(pictures: Any, columns: Sequence[str], rows: Sequence[str]) -> Figure:
+    """Figure 7: pictures (columns, rows, 3, H, W): a row a prompt, a column a switch point."""
+    return picture_grid(_array(pictures).swapaxes(0, 1), rows, columns)
+
+
+def split_accelerated(pictures: Any, columns: Sequence[str]) -> Figure:
+    """Figures 10 and 11: pictures (2, prompts, columns, 3, H, W), two rows a prompt: without and with acceleration."""
+    images = _array(pictures).swapaxes(0, 1)
+    return picture_grid(images, ["without", "with"] * len(images), columns, row_title="acceleration")
+
+
+def split_shifts(table: pd.DataFrame, metrics: Mapping[str, str], derived: int) -> Figure:
+    """Table 4's lower part: each metric against the shift, with intervals; the derived shift is the dotted line."""
+    table = table[table["method"].str.startswith("obclip+cache") & table["against"].isna()]
+    table = table.assign(shift=table["method"].str.split("=").str[1].astype(int))
+    with styled():
+        figure = new_figure(7.6, 2.4)
+        grid = figure.subplots(1, len(metrics), squeeze=False)[0]
+        for axes, (name, label) in zip(grid, metrics.items(), strict=True):
+            part = table[table["metric"] == name].sort_values("shift")
+            (line,) = axes.plot(part["shift"], part["value"])
+            axes.fill_between(part["shift"], part["low"], part["high"], alpha=0.2, lw=0, color=line.get_color())
+            axes.axvline(derived, color="0.3", ls=":", lw=1)
+            axes.set(xlabel="shift (steps)", title=label)
+    return figure
+
+
+def split_noise_levels(levels: pd.DataFrame, rule: pd.DataFrame, k: int) -> Figure:
+    """The rule behind the shift: noise left before every step of both schedules, and where the device joins after k."""
+    figure = lines(levels, "step", "log_snr", by="schedule", xlabel="step of its own schedule",
+                   ylabel="log signal-to-noise ratio", width=5.8)
+    row, axes = rule[rule["k"] == k].iloc[0], figure.axes[0]
+    axes.annotate("", (row["join"], row["device_log_snr"]), (k, row["cloud_log_snr"]),
+                  arrowprops={"arrowstyle": "->", "color": "0.3"})
+    axes.annotate(f"shift {row['shift']:g}", ((k + row["join"]) / 2, row["cloud_log_snr"]), (0, 5), ha="center",
+                  textcoords="offset points", fontsize=8)
+    return figure
+
+
+def split_hand_over(table: pd.DataFrame) -> Figure:
+    """What a hand-over loses against k, a line a scheduler, a panel a mode; the line is 1e-4, zeros stand at 1e-8."""
+    shown = table.assign(error=table["max_abs_diff"].clip(lower=1e-8))
+    figure = lines(shown, "k", "error", by="scheduler", panel="mode", log="y", xlabel="switch point k",
+                   ylabel="largest difference of the latent", width=7.0)
+    for axes in figure.axes:
+        axes.axhline(1e-4, color="0.3", ls="--", lw=1)
+    return figure
+
+
+def split_codings(table: pd.DataFrame, reference: float) -> Figure:
+    """Bytes a candidate against the picture's error, a panel an N and mode, a point a coding; dotted: fp16 latents."""
+    shown = table[table["coding"] != "raw"]
+    with styled():
+        numbers, modes = list(dict.fromkeys(shown["N"])), list(dict.fromkeys(shown["mode"]))
+        figure = new_figure(7.6, 2.1 * len(modes) + 0.3)
+        grid = figure.subplots(len(modes), len(numbers), squeeze=False, sharex=True, sharey=True)
+        for row, mode in zip(grid, modes, strict=True):
+            for axes, N in zip(row, numbers, strict=True):
+                part = shown[(shown["N"] == N) & (shown["mode"] == mode)]
+                for number, (coding, one) in enumerate(_groups(part, "coding")):
+                    axes.plot(one["bytes_a_candidate"] / 1000, one["picture_rms_255"], "os^D"[number % 4], label=coding)
+                axes.axvline(reference / 1000, color="0.3", ls=":", lw=1)
+                axes.set(title=f"N = {N}, {mode}", xscale="log", yscale="log")
+        for axes in grid[-1]:
+            axes.set_xlabel("kB a candidate")
+        figure.supylabel("error of the picture (grey levels of 255)", fontsize=8)
+        grid[0, 0].legend()
+    return figure
+
+
+def split_from_picture(table: pd.DataFrame, chance: float) -> Figure:
+    """Image-to-image: what the result follows, and what the cloud can read, against the share of steps noised."""
+    names = {"followed": "new attributes in the result", "read": "old attributes, read by the cloud"}
+    long = pd.concat([pd.DataFrame({"noised": table["noised_share"], "what": label, "value": table[name],
+                                    "low": table[f"{name}_low"], "high": table[f"{name}_high"]})
+                      for name, label in names.items()])
+    figure = lines(long, "noised", "value", by="what", low="low", high="high", xlabel="share of the steps noised (%)",
+                   ylabel="attribute accuracy", width=6.4)
+    figure.axes[0].axhline(chance, color="0.3", ls="--", lw=1)
+    return figure
+
+
+def _measured(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that hold measured values, not paired differences."""
+    return table[table[[name for name in table if name.startswith("against")]].isna().all(axis=1)]

@@ -340,6 +340,11 @@ def test_bootstrap_draws_prompts_not_seeds():
     assert metrics.bootstrap_ci(holes).n == 39 and math.isclose(
         metrics.bootstrap_ci(holes).value, np.delete(prompts, 5).mean()
     )
+    holes[::2, 1] = prompts[::2]  # prompts of one and of two seeds: a shift of all values moves the interval by as much
+    moved, stayed = metrics.bootstrap_ci(holes + 100), metrics.bootstrap_ci(holes)
+    assert math.isclose(moved.low - 100, stayed.low, abs_tol=1e-9) and math.isclose(
+        moved.high - 100, stayed.high, abs_tol=1e-9
+    )
     with pytest.raises(ValueError, match="at least 2"):
         metrics.bootstrap_ci([1.0])
 

@@ -1,4 +1,4 @@
-"""Notebook 03's measurements: the short cut is exact, what is watched is what happens, what is counted is what lives."""
+"""Notebook 03's measurements: the short cut is exact, what is watched happens, and what is counted lives."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_few_candidates_give_the_real_one_the_latent_that_all_give_it(world, sch
         assert not torch.allclose(run(world, other).latents[secret.index], everyone, atol=1e-4)
 
 
-def test_competitors_are_matched_in_multiply_adds_and_start_late():
+def test_competitors_are_matched_in_multiply_adds_and_get_what_suits_them():
     shape, target = cost.shape("sd14"), cost.macs(cost.shape("sd14"), PAPER_K10, 10, 30)
     for technique in ("deepcache", "tgate", "encoder"):
         found = study.matched(shape, technique, 10, 30, target)
@@ -92,6 +92,9 @@ def test_competitors_are_matched_in_multiply_adds_and_start_late():
     half = Schedule.every("encoder", 10, 2)
     late = study.matched(shape, "encoder", 10, 30, cost.macs(shape, half, 10, 30))
     assert len(late.encoder) == len(half.encoder) == 5 and late.encoder == (5, 6, 7, 8, 9)
+    thirds = Schedule.every("deepcache", 10, 2, branch=1)
+    found = study.matched(shape, "deepcache", 10, 30, cost.macs(shape, thirds, 10, 30))
+    assert found == thirds and study._longest(found.deepcache) == 1 and study._longest((1, 2, 4, 5, 6)) == 3
     with pytest.raises(ValueError, match="'skip' has no setting to match"):
         study.matched(shape, "skip", 10, 30, 1)
 
@@ -102,7 +105,8 @@ def test_the_ablation_asks_each_question_once(shape):
     assert len(set(names)) == len(names)
     assert {line.group for line in lines} == {"technique", "reach of reuse", "r", "s", "refresh", "pivot",
                                               "against cache+skip", "against cache+skip+reuse"}
-    combined = {line.schedule.techniques for line in lines if line.group == "technique" and line.N == 30 and line.k == 10}
+    combined = {line.schedule.techniques for line in lines
+                if (line.group, line.N, line.k) == ("technique", 30, 10)}
     assert combined == {(), ("reuse",), ("cache",), ("skip",), ("merge",), ("cache", "reuse"), ("cache", "skip"),
                         ("reuse", "skip"), ("cache", "reuse", "skip")}
     paper = next(line for line in lines if line.name == "cache+skip+reuse")
@@ -120,7 +124,8 @@ def test_no_acceleration_is_at_no_distance_and_every_metric_has_an_interval(meas
     rest = table[table.method != "none"]
     assert (rest.distance > 0).all() and (rest.macs_ratio < 1).all()
     for name in study.METRICS:
-        assert (table[f"{name}_low"] <= table[name] + 1e-12).all() and (table[name] <= table[f"{name}_high"] + 1e-12).all()
+        low, high = table[f"{name}_low"], table[f"{name}_high"]
+        assert (low <= table[name] + 1e-12).all() and (table[name] <= high + 1e-12).all()
     paper = table[(table.method == "cache+skip+reuse") & (table.candidates == 30) & (table.k == 10)].iloc[0]
     assert paper.macs_ratio == cost.macs(shape, PAPER_K10, 10, 30) / cost.macs(shape, NONE, 10, 30)
     assert math.isnan(study.ablation(shape, lines, results, np.zeros((0, 1))).kid.iloc[0])
@@ -136,7 +141,8 @@ def test_a_competitor_that_is_ours_is_neither_better_nor_worse(measured, shape):
     again = study.competition(shape, same, [*results, results[own]], real)
     again = again[again.method == "ours again"]
     assert (again.difference == 0).all() and (again.verdict == "undecided").all()
-    worse = dict(results[own]) | {"clip_score": results[own]["clip_score"] - 0.1, "distance": results[own]["distance"] - 1}
+    worse = dict(results[own])
+    worse |= {"clip_score": worse["clip_score"] - 0.1, "distance": worse["distance"] - 1}
     verdicts = study.competition(shape, same, [*results, worse], real).set_index(["method", "metric"]).verdict
     assert verdicts["ours again", "clip_score"] == "ours" and verdicts["ours again", "distance"] == "theirs"
 

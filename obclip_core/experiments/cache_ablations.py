@@ -221,8 +221,8 @@ def variants(shape: cost.Shape, r: Sequence[int] = (), s: Sequence[int] = (), re
 def matched(shape: cost.Shape, technique: str, k: int, candidates: int, target: int) -> Schedule:
     """The setting of a competing technique whose multiply-adds over k steps are nearest to ``target``.
 
-    Among settings that are as near to within 1 % of the target, the one that starts latest: early steps matter most,
-    so this is the one that favours the competitor.
+    Of settings as near to within 1 % of the target the competitor gets the one that suits it: DeepCache the most
+    regular refresh, as its authors use it, the others the latest start, since early steps matter most.
     """
     starts = [(first, interval) for first in range(k - 1) for interval in range(2, k + 1 - first)]
     options = {
@@ -244,7 +244,18 @@ def matched(shape: cost.Shape, technique: str, k: int, candidates: int, target: 
     found = options[technique]()
     least = min(map(miss, found))
     near = [schedule for schedule in found if miss(schedule) <= least + 0.01]
-    return max(near, key=lambda schedule: (min(schedule.steps(technique)), -miss(schedule)))
+    if technique == "deepcache":
+        return min(near, key=lambda schedule: (_longest(schedule.deepcache), -schedule.deepcache[0], miss(schedule)))
+    return max(near, key=lambda schedule: (schedule.steps(technique)[0], -miss(schedule)))
+
+
+def _longest(steps: tuple[int, ...]) -> int:
+    """The longest run of consecutive steps."""
+    runs, last = [0], None
+    for step in steps:
+        runs.append(runs[-1] + 1 if last is not None and step == last + 1 else 1)
+        last = step
+    return max(runs)
 
 
 def told(schedule: Schedule) -> str:
@@ -295,7 +306,7 @@ def ablation(shape: cost.Shape, lines: Sequence[Variant], results: Sequence[Mapp
 
 
 def _images(result: Mapping[str, Any]) -> torch.Tensor:
-    return torch.from_numpy(np.array(result["pictures"])).float() / 255
+    return torch.as_tensor(result["pictures"]).float() / 255
 
 
 def _interval(name: str, result: Mapping[str, Any], real: np.ndarray,
@@ -567,8 +578,7 @@ def whole_runs(cell: Timing) -> dict[str, Any]:
     found: dict[str, list[Any]] = {name: [] for name in offers}
     for _ in range(cell.repeats):
         for name, offer in offers.items():
-            clock = []
-            run(world, replace(offer, split=replace(offer.split, k=1)))  # brings the text encoder's memory back
+            clock: list[float] = []
             begin = time.perf_counter()
             run(world, offer, on_step=lambda i, x, clock=clock: clock.append(time.perf_counter()))
             found[name].append(np.diff([begin, *clock]))
@@ -743,3 +753,145 @@ def attempt(world: str, text: str, schedule: Schedule, k: int = 10, seed: int = 
         ("share of the work left", cost.macs(shape, schedule, k, N) / plain),
         ("kept from step to step, 10^6 bytes", kept / 1e6)], columns=["what", "value"])
     return Attempt(torch.cat(images), bill)
+
+
+def untouched(world: str, k: int = 4) -> dict[str, bool]:
+    """What must hold of every acceleration, tried on this world's cloud: two candidates, k steps."""
+    here = loaded(world)
+    case = cases(here, "n2", 1)[0]
+    offer = Offer(case.candidates, case.seed, Split(T=here.T, k=k))
+    state = {name: value.clone() for name, value in here.cloud.state_dict().items()}
+    plain = run(here, offer).latents
+    never = run(here, replace(offer, acceleration=Schedule.points(k, k, k))).latents
+    on = run(here, replace(offer, acceleration=Schedule.points(k, 2, 3))).latents
+    after = run(here, offer).latents
+    return {"with all points at k the latents are the same, bit for bit": torch.equal(plain, never),
+            "with points before k they differ": not torch.equal(plain, on),
+            "afterwards the plain run gives what it gave before": torch.equal(plain, after),
+            "afterwards the weights are the same": all(torch.equal(value, state[name])
+                                                       for name, value in here.cloud.state_dict().items()),
+            "afterwards no module has a hook": not any(
+                hasattr(module, "_diffusers_hook") or "forward" in vars(module) for module in here.cloud.modules())}
+
+
+# ---------------------------------------------------------------------------------------------- what the tables say
+
+def sweeps(table: pd.DataFrame) -> pd.DataFrame:
+    """The lines that change one of r, s, refresh, in order, each with the paper's own point among them."""
+    main = table[(table.candidates == 30) & (table.k == 10)]
+    paper = main[main.method == "cache+skip+reuse"]
+    found = []
+    for group, point in (("r", "r = 4"), ("s", "s = 6"), ("refresh", "refresh every 5")):
+        part = pd.concat([main[main.group == group], paper.assign(method=point, group=group)])
+        value = part.method.str.split().str[-1]
+        order = value.replace("never", "1000").astype(int)
+        found.append(part.assign(setting_value=value, order=order).sort_values("order").drop(columns="order"))
+    return pd.concat([part for part in found if len(part) > 1], ignore_index=True)
+
+
+def tell_steps(table: pd.DataFrame) -> str:
+    """Figure 6 in sentences."""
+    said = []
+    for part, rows in table.groupby("part", sort=False):
+        early, late = rows[rows.step <= 3].value.mean(), rows[rows.step > 3].value.mean()
+        said.append(f"{part}: {early:.3f} a step in steps 1 to 3, {late:.3f} after: "
+                    f"{early / late:.1f} times as much early")
+    return "\n".join(said)
+
+
+def tell_likeness(table: pd.DataFrame) -> str:
+    """Figure 9 in sentences."""
+    mean = table.groupby("metric").value.mean()
+    said = []
+    for name, told_as in (("", "as it is"), (", centred", "with the mean taken off")):
+        two = mean["subspace_similarity" + name]
+        strangers = mean["subspace_similarity, other prompt" + name]
+        said.append(f"the map {told_as}: two candidates share {two:.2f} of the leading subspace, two strangers "
+                    f"{strangers:.2f}: the candidates' own likeness is {two - strangers:+.2f}")
+    return "\n".join(said)
+
+
+def tell_flops(flops: pd.DataFrame) -> str:
+    """How many printed counts follow from shapes, and why the others do not."""
+    off = flops[flops.note.fillna("") != ""]
+    said = [f"{len(flops) - len(off)} of {len(flops)} printed counts of operations follow from shapes within 1 %"]
+    said += [f"{len(rows)} differ ({', '.join(sorted(set(rows.artefact)))}): {note}"
+             for note, rows in off.groupby("note", sort=False)]
+    return "\n".join(said)
+
+
+def tell_fronts(table: pd.DataFrame, front: Callable[..., np.ndarray]) -> str:
+    """Which lines are on the Pareto front of each metric; ``front`` as in obclip_core.figures."""
+    said = []
+    for name, (label, more) in METRICS.items():
+        if table[name].notna().all():
+            best = table[front(table.macs_ratio, -table[name] if more else table[name])].sort_values("macs_ratio")
+            said.append(f"{label}: " + ", ".join(f"{row.method} ({row.macs_ratio:.0%})" for row in best.itertuples()))
+    return "\n".join(said)
+
+
+def tell_sweeps(table: pd.DataFrame) -> str:
+    """What each setting buys and costs from its first to its last value."""
+    said = []
+    for group, rows in table.groupby("group", sort=False):
+        first, last = rows.iloc[0], rows.iloc[-1]
+        said.append(f"{group} from {first.setting_value} to {last.setting_value}: work left {first.macs_ratio:.0%} to "
+                    f"{last.macs_ratio:.0%}, distance {first.distance:.4f} to {last.distance:.4f}; nearest picture at "
+                    f"{rows.loc[rows.distance.idxmin(), 'setting_value']}")
+    return "\n".join(said)
+
+
+def tell_reuse(table: pd.DataFrame, by_pivot: pd.DataFrame) -> str:
+    """Batch reuse before r against throughout, the pivot's choice, and the distance to the pivot."""
+    main = table[(table.candidates == 30) & (table.k == 10)].set_index("method")
+    said = [f"{name}: {main.macs_ratio[name]:.0%} of the work, distance {main.distance[name]:.4f}, attribute accuracy "
+            f"{main.attribute_accuracy[name]:.2f}" for name in main.index if "reuse" in name or "pivot" in name]
+    for name, rows in by_pivot.groupby("method", sort=False):
+        near, far = rows.iloc[0], rows.iloc[-1]
+        if far.apart > near.apart:
+            said.append(f"{name}: distance {near.distance:.4f} where the real candidate differs from the pivot in "
+                        f"{near.apart} attributes, {far.distance:.4f} where in {far.apart}")
+    return "\n".join(said)
+
+
+def tell_candidates(table: pd.DataFrame) -> str:
+    """Which techniques help at the fewest and at the most candidates."""
+    said = []
+    for N in sorted(set(table.candidates))[:: max(1, table.candidates.nunique() - 1)]:
+        for (world, what), rows in table[(table.candidates == N)].groupby(["world", "what"], sort=False):
+            rows = rows[rows.technique != "none"].sort_values("ratio")
+            helps = [f"{row.technique} {row.ratio:.0%}" for row in rows.itertuples() if row.high < 1]
+            said.append(f"N = {N}, {world}, {what} of a plain step: {', '.join(helps) or 'none helps'}")
+    return "\n".join(said)
+
+
+def tell_seconds(table: pd.DataFrame) -> str:
+    """Measured beside predicted."""
+    return "\n".join(
+        f"N = {row.candidates}, k = {row.k}: {row.macs_ratio:.0%} of the multiply-adds, {row.ratio:.0%} of the seconds "
+        f"[{row.low:.0%}, {row.high:.0%}]: {abs(row.apart):.0%} {'less' if row.apart > 0 else 'more'} saved than "
+        "predicted"
+        for row in table.itertuples())
+
+
+def tell_competition(table: pd.DataFrame) -> str:
+    """Who is better on which metric."""
+    said = []
+    for against, rows in table.groupby("against", sort=False):
+        said.append(f"against {against} ({rows.macs_ratio_ours.iloc[0]:.0%} of the work):")
+        for method, part in rows.groupby("method", sort=False):
+            verdicts = {who: [METRICS[name][0] for name in part[part.verdict == who].metric]
+                        for who in ("theirs", "ours", "undecided")}
+            said.append(f"  {method} ({part.macs_ratio.iloc[0]:.0%}): " + "; ".join(
+                f"{who if who == 'undecided' else who + ' better'} on {', '.join(names)}"
+                for who, names in verdicts.items() if names))
+    return "\n".join(said)
+
+
+def tell_promises(table: pd.DataFrame) -> str:
+    """How many of the promises are kept, and which are not."""
+    said = [f"{(table.verdict == 'kept').sum()} of {len(table)} kept"]
+    said += [f"{row.verdict}: {row.promise} at N = {row.candidates}, k = {row.k}: {row.value:.3f} "
+             f"[{row.low:.3f}, {row.high:.3f}], bound {row.bound:.3f}"
+             for row in table.itertuples() if row.verdict != "kept"]
+    return "\n".join(said)

@@ -308,6 +308,7 @@ class Lexicon:
     phrases: Mapping[str, tuple[tuple[tuple[str, ...], tuple[Entry, ...]], ...]]
     gendered: Mapping[str, tuple[str, str]]
     grammar: Mapping[str, frozenset[str]]
+    endings: tuple[str, ...]
     limits: Mapping[str, int]
     article_exceptions: tuple[str, ...]
 
@@ -358,6 +359,7 @@ def lexicon() -> Lexicon:
         phrases={first: tuple(rows) for first, rows in by_first.items()},
         gendered=gendered,
         grammar={name: frozenset(words) for name, words in (data["grammar"] | data["script"]).items()},
+        endings=tuple(data["grammar"]["person_endings"]),
         limits=data["age"]["limits"],
         article_exceptions=tuple(data["grammar"]["article_exceptions"]),
     )
@@ -539,7 +541,7 @@ def is_person(word: str) -> bool:
     grammar = lexicon().grammar
     if word in grammar["persons"]:
         return True
-    return len(word) > 5 and word.endswith(tuple(grammar["person_endings"])) and word not in grammar["things"]
+    return len(word) > 5 and word.endswith(lexicon().endings) and word not in grammar["things"]
 
 
 def _names_person(item: Item) -> bool:
@@ -812,8 +814,8 @@ def ask_about_misspellings(text: str, keep: frozenset[str] = frozenset()) -> Non
             raise Question(f"'{word} {following.group()}': do you mean '{joined}'? Write it as one word")
         if word in known or word in ordinary_words() or len(word) < 4 or word.isdigit():
             continue
-        if near := sorted(known & edits(word)):
-            raise Question(f"'{word}' is one letter from '{near[0]}': correct it, or confirm it with keep=['{word}']")
+        if near := meant_perhaps(word):
+            raise Question(f"'{word}' is one letter from '{near}': correct it, or confirm it with keep=['{word}']")
 
 
 def split_phrase(first: str, second: str) -> bool:
@@ -832,6 +834,12 @@ def ordinary_words() -> frozenset[str]:
     """data/prompts/ordinary_words.txt: English words one letter from a sensitive one, that are no misspellings."""
     lines = (DATA / "ordinary_words.txt").read_text(encoding="utf-8").splitlines()
     return frozenset(line.strip() for line in lines if not line.startswith("#")) | lexicon().grammar["boundary"]
+
+
+@lru_cache(maxsize=8192)
+def meant_perhaps(word: str) -> str | None:
+    """The sensitive word that is one letter away, if there is one."""
+    return min(single_words() & edits(word), default=None)
 
 
 def edits(word: str) -> set[str]:

@@ -283,14 +283,15 @@ def test_merge_averages_like_tokens_and_puts_them_back(unet):
     hidden[0, :, 1] = torch.arange(16.0) / 100
 
     class Call:
-        request = type("R", (), {"shape": (4, 4), "schedule": Schedule(merge=(0,), merge_ratio=0.5)})
+        request = type("R", (), {"within": {"merge shape": (4, 4), "merge tokens": hidden},
+                                 "schedule": Schedule(merge=(0,), merge_ratio=0.5)})
 
         @staticmethod
         def on(name):
             return True
 
     seen = []
-    out = merge.forward(Call, "attn1", None, lambda x: seen.append(x) or x, hidden)
+    out = merge.forward(Call, "block.attn1", None, lambda x: seen.append(x) or x, hidden)
     assert seen[0].shape == (1, 8, 4)
     assert merge.merged(4, 4, 0.5) == (8, 4) and merge.merged(4, 4, 0.9) == (4, 4)
     assert out.shape == hidden.shape and len(out[0].unique(dim=0)) == 8
@@ -298,6 +299,15 @@ def test_merge_averages_like_tokens_and_puts_them_back(unet):
     assert merge.grid((10, 6), 2 * 3) == (3, 2) and merge.grid((10, 6), 15) == (5, 3)
     assert len(list(merge.modules(unet, Schedule(merge=(0,))))) < len(list(merge.modules(
         unet, Schedule(merge=(0,), merge_depth=1))))
+
+
+def test_merge_equals_tomesd(unet):
+    tomesd = pytest.importorskip("tomesd")
+    ours = walk(unet, Schedule(merge=(0,), merge_ratio=0.4), steps=1)
+    patched = tiny.unet(**SMALL).eval()
+    patched.load_state_dict(unet.state_dict())
+    tomesd.apply_patch(patched, ratio=0.4, use_rand=False)
+    assert torch.allclose(walk(patched, NONE, steps=1), ours, atol=1e-5)
 
 
 # -------------------- schedule
@@ -335,7 +345,8 @@ def test_a_schedule_that_cannot_work_is_refused(wrong, words):
         Schedule(**wrong)
 
 
-@pytest.mark.parametrize("data", [None, {"speed": 1}, {"reuse": 3}, {"cache": [0]}, {"skip": ["1"]}, {"pivot": "a"}])
+@pytest.mark.parametrize("data", [None, {"speed": 1}, {"reuse": 3}, {"cache": [0]}, {"skip": ["1"]}, {"skip": "12"},
+                                  {"pivot": "a"}, {"merge_ratio": "a"}, {"plain": 1}])
 def test_wrong_plain_data_is_refused(data):
     with pytest.raises(ValueError):
         Schedule.from_dict(data)

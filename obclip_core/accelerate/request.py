@@ -27,7 +27,7 @@ _installing = threading.Lock()
 
 @dataclass(eq=False)
 class Request:
-    """What lives as long as one request: ``kept`` from step to step, ``pivot`` within one step across its chunks.
+    """What lives as long as one request: ``kept`` from step to step, ``within`` inside one step.
 
     ``wanted`` maps a module's name to the techniques on it, outermost first. ``candidates`` is N; under guidance a
     U-Net call's batch is cat([unconditional rows, conditional rows]), so ``branches`` is 2.
@@ -39,14 +39,13 @@ class Request:
     candidates: int
     branches: int
     kept: dict[tuple[str, str, int], Any] = field(default_factory=dict)
-    pivot: dict[str, Any] = field(default_factory=dict)
+    within: dict[str, Any] = field(default_factory=dict)
     step: int | None = None
-    shape: tuple[int, int] | None = None
 
     def bytes(self) -> int:
         """Bytes of all stored tensors, each memory block once."""
         blocks = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                  for t in tensors([list(self.kept.values()), list(self.pivot.values())])}
+                  for t in tensors([list(self.kept.values()), list(self.within.values())])}
         return sum(blocks.values())
 
     @contextmanager
@@ -57,7 +56,7 @@ class Request:
             raise ValueError(f"step {step} on candidates {start}..{stop - 1}, expected a step from 0 up and at least "
                              f"one of {self.candidates} candidates")
         if step != self.step:
-            self.pivot.clear()
+            self.within.clear()
             self.step = step
         token = _call.set(Call(self, step, start, stop, self.branches))
         try:
@@ -152,7 +151,7 @@ def hooked(request: Request) -> Iterator[Request]:
             yield request
         finally:
             request.kept.clear()
-            request.pivot.clear()
+            request.within.clear()
 
 
 @contextmanager

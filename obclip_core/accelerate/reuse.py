@@ -49,15 +49,15 @@ def _pivot(call: Call, name: str, attn: torch.nn.Module, hidden: torch.Tensor, t
     """Queries and keys (G, heads, L or M, d) of the pivot, from this chunk or from the one before it in this step."""
     pivot = call.request.schedule.pivot
     if not call.start <= pivot < call.stop:
-        if name not in call.request.pivot:
+        if name not in call.request.within:
             raise ValueError(f"pivot {pivot} is not among candidates {call.start}..{call.stop - 1} and has not run yet "
                              "in this step: run its chunk first, or raise the memory limit")
-        return call.request.pivot[name]
+        return call.request.within[name]
     row = slice(pivot - call.start, None, call.rows)  # the pivot's row of each branch
     heads = lambda x: x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # noqa: E731
     maps = heads(attn.to_q(hidden[row])), heads(attn.to_k(text[row]))
     if call.rows < call.request.candidates:
-        call.request.pivot[name] = maps
+        call.request.within[name] = maps
     return maps
 
 

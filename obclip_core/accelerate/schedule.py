@@ -48,6 +48,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in TECHNIQUES:
+            if not isinstance(getattr(self, name), (tuple, list, range)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a list of steps")
             steps = tuple(getattr(self, name))
             object.__setattr__(self, name, steps)
             if any(isinstance(step, bool) or not isinstance(step, int) or step < 0 for step in steps):
@@ -60,8 +62,10 @@ class Schedule:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} is {value!r}, expected a whole number from 0 up")
-        if not 0 < self.merge_ratio < 1:
+        if not isinstance(self.merge_ratio, (int, float)) or not 0 < self.merge_ratio < 1:
             raise ValueError(f"merge_ratio is {self.merge_ratio!r}, expected between 0 and 1")
+        if not isinstance(self.plain, bool):
+            raise ValueError(f"plain is {self.plain!r}, expected True or False")
         if sum(bool(getattr(self, name)) for name in BLOCKS) > 1:
             raise ValueError("skip, encoder and deepcache keep the same blocks: use one of them in a schedule")
         if both := sorted(set(self.reuse) & set(self.merge)):
@@ -115,9 +119,6 @@ class Schedule:
         known = {field.name for field in fields(cls)}
         if not isinstance(data, Mapping) or not set(data) <= known:
             raise ValueError(f"{data!r} is not a schedule: expected some of {', '.join(sorted(known))}")
-        for name in TECHNIQUES:
-            if not isinstance(data.get(name, ()), (list, tuple)):
-                raise ValueError(f"{name} is {data[name]!r}, expected a list of steps")
         return cls(**data)
 
     @contextmanager

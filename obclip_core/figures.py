@@ -426,14 +426,14 @@ def cache_seconds(table: pd.DataFrame) -> Figure:
 
 
 def cache_memory(table: pd.DataFrame) -> Figure:
-    """Bytes at every N: what is kept from step to step and the peak, predicted from shapes and counted."""
+    """Bytes at every N: what is kept from step to step and the peak, predicted from shapes and measured."""
     with styled():
         figure, panels = _panels(table.assign(N=[f"N = {n}" for n in table["candidates"]]), "N", "megabytes", 7.6)
         for axes, part in panels:
             at = np.arange(len(part))
-            for place, (name, label) in enumerate({"kept_predicted_mb": "kept, predicted", "kept_mb": "kept, counted",
+            for place, (name, label) in enumerate({"kept_predicted_mb": "kept, predicted", "kept_mb": "kept, measured",
                                                    "peak_predicted_mb": "peak, predicted",
-                                                   "peak_mb": "peak, counted"}.items()):
+                                                   "peak_mb": "peak, measured"}.items()):
                 axes.bar(at + 0.2 * (place - 1.5), part[name], 0.2, label=label, color=COLOURS[place // 2],
                          hatch="///" if place % 2 == 0 else "", alpha=0.6 if place % 2 == 0 else 1.0)
             axes.set_xticks(at, part["technique"], rotation=30)

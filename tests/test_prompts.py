@@ -212,11 +212,9 @@ def brute_force(text: str, slots: dict[str, str], chosen: dict[str, str]) -> set
         if pairs:
             changed = [pair[["male", "female"].index(chosen["gender"])] for pair in pairs]
         options.append(changed)
-    out = set()
-    for words in itertools.product(*options):
-        joined = "".join(words)
-        out.add(re.sub(r"\ban?(?= (\w))", lambda m: "an" if m.group(1) in "aeiou" else "a", joined))
-    return {re.sub(r"\ban (?=europ|unic|one)", "a ", t) for t in out}
+    known = "|".join([*itertools.chain(*ATTRIBUTES.values()), *itertools.chain(*GENDERS)])
+    vowel = lambda m: "an" if m.group(1)[0] in "aeiou" and m.group(1) != "european" else "a"  # noqa: E731
+    return {re.sub(rf"\ban?(?= ({known})\b)", vowel, "".join(words)) for words in itertools.product(*options)}
 
 
 def test_candidates_agree_with_brute_force():
@@ -244,7 +242,9 @@ def test_parse_reads_back_what_fill_wrote():
     templates = [t for group in data["templates"].values() for t in group]
     assert templates
     for template in templates:
-        used = [a for a in ATTRIBUTES if f"{{{a}}}" in template or a == "gender"]
+        slots = set(re.findall(r"\{(\w+)\}", template))
+        gendered = {"gender"} if slots & set(prompts.lexicon().gendered) else set()
+        used = [a for a in ATTRIBUTES if a in slots | gendered]
         for chosen in itertools.product(*(ATTRIBUTES[a] for a in used)):
             values = dict(zip(used, chosen, strict=True))
             text = fill(template, values | context)

@@ -564,7 +564,7 @@ def split_sweep(table: pd.DataFrame, metrics: Mapping[str, str]) -> Figure:
     """Figure 3, our metrics (column: label): each against the cloud's share, with intervals, both orders."""
     table = _measured(table)
     with styled():
-        figure = new_figure(7.6, 4.8)
+        figure = new_figure(6.6, 4.2)
         grid = figure.subplots(-(-len(metrics) // 2), 2, squeeze=False)
         for axes, (name, label) in zip(grid.flat, metrics.items(), strict=False):
             for order, part in _groups(table, "order"):
@@ -574,7 +574,9 @@ def split_sweep(table: pd.DataFrame, metrics: Mapping[str, str]) -> Figure:
                                   color=line.get_color())
             axes.axvline(40, color="0.4", ls=":", lw=1)
             better = "less" if name == "kid" else "more"
-            axes.set(xlabel="the cloud's share of the steps (%)", ylabel=f"{label} ({better} is better)")
+            axes.set_title(f"{label} ({better} is better)")
+        for axes in grid[-1]:
+            axes.set_xlabel("the cloud's share of the steps (%)")
         grid.flat[0].legend()
     return figure
 
@@ -583,7 +585,7 @@ def split_fid_clip(table: pd.DataFrame) -> Figure:
     """Figure 3 on the paper's axes: FID against CLIP score, a line an order, a point a share."""
     table = _measured(table)
     with styled():
-        figure = new_figure(4.6, 3.4)
+        figure = new_figure(4.2, 3.0)
         axes = figure.add_subplot()
         for order, part in _groups(table, "order"):
             part = part.sort_values("share")
@@ -593,7 +595,7 @@ def split_fid_clip(table: pd.DataFrame) -> Figure:
                               fontsize=7)
         note = next((text for text in table["fid_note"].dropna() if text), "")
         axes.set(xlabel="CLIP score (more is better)", ylabel="FID (less is better)")
-        axes.set_title(note, fontsize=7)
+        axes.set_title(note.replace(": ", ":\n").replace("; ", ";\n"), fontsize=7)
         axes.legend()
     return figure
 
@@ -640,7 +642,7 @@ def split_shifts(table: pd.DataFrame, metrics: Mapping[str, str], derived: int) 
     table = table[table["method"].str.startswith("obclip+cache") & table["against"].isna()]
     table = table.assign(shift=table["method"].str.split("=").str[1].astype(int))
     with styled():
-        figure = new_figure(7.6, 2.4)
+        figure = new_figure(7.2, 2.0)
         grid = figure.subplots(1, len(metrics), squeeze=False)[0]
         for axes, (name, label) in zip(grid, metrics.items(), strict=True):
             part = table[table["metric"] == name].sort_values("shift")
@@ -678,7 +680,7 @@ def split_codings(table: pd.DataFrame, reference: float) -> Figure:
     shown = table[table["coding"] != "raw"]
     with styled():
         numbers, modes = list(dict.fromkeys(shown["N"])), list(dict.fromkeys(shown["mode"]))
-        figure = new_figure(7.6, 2.1 * len(modes) + 0.3)
+        figure = new_figure(6.8, 1.7 * len(modes) + 0.4)
         grid = figure.subplots(len(modes), len(numbers), squeeze=False, sharex=True, sharey=True)
         for row, mode in zip(grid, modes, strict=True):
             for axes, N in zip(row, numbers, strict=True):

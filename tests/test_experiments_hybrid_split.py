@@ -158,8 +158,8 @@ def test_exact_hand_overs_lose_nothing_and_restarts_only_what_a_multistep_solver
     table = split.hand_over_table(cells, [split.hand_over_cell(cell) for cell in cells])
     assert list(table) == ["scheduler", "k", "mode", "max_abs_diff", "picture_rms_255"] and len(table) == 18
     assert (table[table["mode"] == "exact"].max_abs_diff < 1e-4).all()
-    lost = table[(table["mode"] == "restart") & (table.scheduler == "dpmsolver++") & (table.k > 1)]
-    assert (lost.max_abs_diff > 1e-4).all()
+    lost = table[(table["mode"] == "restart") & (table.scheduler == "dpmsolver++")].set_index("k").max_abs_diff
+    assert lost[8] > 1e-4 and lost[15] < 1e-4  # the last step is of first order, and remembers nothing
     assert (table[(table["mode"] == "restart") & (table.scheduler != "dpmsolver++")].max_abs_diff < 1e-4).all()
 
 

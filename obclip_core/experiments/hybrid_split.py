@@ -29,7 +29,9 @@ from obclip_core.service import wire
 from obclip_core.worlds import World, condition
 
 ORDERS = ("cloud-first", "device-first")
-SCHEDULERS = {"dpmsolver++": "DPMSolverMultistepScheduler", "ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler"}
+SCHEDULERS = {"dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {}),
+              "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}),  # latents are not confined to [-1, 1]
+              "euler": (diffusers.EulerDiscreteScheduler, {})}
 SCORES = ("clip_score", "accuracy", "context")  # one value a picture; more is better
 NAMES = {"kid": "KID", "clip_score": "CLIP score", "accuracy": "attribute accuracy", "context": "context accuracy"}
 MODES = ("exact", "restart")
@@ -304,12 +306,13 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for row in table[table.against_order.notna()].to_dict("records"):
         for metric, name in NAMES.items():
-            low, high = row[f"{metric}_low"], row[f"{metric}_high"]
+            value, *ends = (round(row[f"{metric}{end}"], 12) for end in ("", "_low", "_high"))  # rounding is no effect
+            low, high = ends
             if metric == "kid":  # less is better
                 low, high = -high, -low
             better = ORDERS[0] if low > 0 else ORDERS[1] if high < 0 else "undecided"
-            rows.append({"share": row["share"], "metric": name, "difference": row[metric], "low": row[f"{metric}_low"],
-                         "high": row[f"{metric}_high"], "better": better})
+            rows.append({"share": row["share"], "metric": name, "difference": value, "low": ends[0], "high": ends[1],
+                         "better": better})
     return pd.DataFrame(rows)
 
 
@@ -555,7 +558,8 @@ def two_copies(world: World, side: str, scheduler: str) -> World:
     trained = world.schedulers["device"].config
     kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "steps_offset",
             "timestep_spacing")
-    one = getattr(diffusers, SCHEDULERS[scheduler])(**{key: trained[key] for key in kept if key in trained})
+    cls, own = SCHEDULERS[scheduler]
+    one = cls(**{key: trained[key] for key in kept if key in trained}, **own)
     model, w = world.unet(side), world.guidance[side]
     return replace(world, cloud=model, device=model, schedulers={"cloud": one, "device": one},
                    guidance={"cloud": w, "device": w}, cloud_T=None)
@@ -658,7 +662,8 @@ def traffic(table: pd.DataFrame, world: World) -> pd.DataFrame:
     rows = []
     for (N, mode), part in table.groupby(["N", "mode"], sort=False):
         size = part.set_index("coding").bytes_a_candidate
-        bits = 16 * size["difference"] / size["fp16"]
+        values = size["fp16"] - size["int8"]  # bytes that eight bits a value are, whatever the header weighs
+        bits = 8 * (size["difference"] - (2 * size["int8"] - size["fp16"])) / values
         found = wire.traffic_table({"sd": (4, 64, 64), "sdxl": (4, 128, 128), world.name: world.shape}, (int(N),),
                                    {"difference": float(bits)})
         rows += [row for row in found if row["mode"] == mode]

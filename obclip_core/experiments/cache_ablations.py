@@ -11,7 +11,6 @@ import random
 import sys
 import time
 import tomllib
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -23,11 +22,9 @@ import numpy as np
 import pandas as pd
 import torch
 from diffusers.models.attention_processor import Attention
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from obclip_core import cost, metrics, worlds
 from obclip_core.accelerate import NONE, PAPER_K5, PAPER_K10, Schedule
-from obclip_core.accelerate.request import tensors
 from obclip_core.denoise import Offer, Secret, Split, call_bytes, decode, finish, run
 from obclip_core.prompts import ATTRIBUTES, candidate_values, candidates, fill, parse, real_index
 from obclip_core.provenance import ROOT
@@ -52,8 +49,8 @@ PAPER = {5: PAPER_K5, 10: PAPER_K10}
 
 @lru_cache(maxsize=2)
 def loaded(world: str) -> worlds.World:
-    """The world of this name or folder, loaded once a process."""
-    return worlds.load(world)
+    """The world of this name or folder, loaded once a process, on a GPU where there is one."""
+    return worlds.load(world, torch_device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def depends(cell: Any) -> list[str | Path]:
@@ -130,7 +127,7 @@ def quality(cell: Quality) -> dict[str, Any]:
     for case in asked:
         offer, secret = few(case, Split(T=world.T, k=cell.k), cell.schedule)
         latents.append(finish(world, offer, run(world, offer), secret))
-    images = decode(world, torch.cat(latents))
+    images = decode(world, torch.cat(latents)).cpu()
     right = judge.correct(images, [case.values[case.index] for case in asked])
     return {
         "pictures": (images * 255).round().to(torch.uint8),
@@ -444,8 +441,8 @@ def trajectory(cell: Trajectory) -> dict[str, Any]:
 
         offer = Offer(texts, case.seed, Split(T=world.T, k=world.T))
         handed = run(world, offer, on_step=look)
-    found = {name: torch.stack(value).numpy() for name, value in rows.items()}
-    return found | {"pictures": decode(world, handed.latents), "texts": list(texts),
+    found = {name: torch.stack(value).cpu().numpy() for name, value in rows.items()}
+    return found | {"pictures": decode(world, handed.latents).cpu(), "texts": list(texts),
                     "words": [case.values[case.index].get(name, "") for name in WORDS]}
 
 
@@ -579,10 +576,16 @@ def whole_runs(cell: Timing) -> dict[str, Any]:
     for _ in range(cell.repeats):
         for name, offer in offers.items():
             clock: list[float] = []
-            begin = time.perf_counter()
-            run(world, offer, on_step=lambda i, x, clock=clock: clock.append(time.perf_counter()))
+            begin = _now()
+            run(world, offer, on_step=lambda i, x, clock=clock: clock.append(_now()))
             found[name].append(np.diff([begin, *clock]))
     return {name: np.array(value) for name, value in found.items()}
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def seconds_table(shape: cost.Shape, timings: Sequence[Timing], results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -609,8 +612,8 @@ def single_steps(cell: Timing) -> dict[str, Any]:
     world = loaded(cell.world)
     unet, text = world.cloud, worlds.condition(world, "cloud", cases(world, SETS[cell.N], 1, cell.seed)[0].candidates)
     z = torch.randn(cell.N, *world.shape, generator=torch.Generator("cpu").manual_seed(cell.seed))
-    z = torch.cat([z, z]) if text.guided else z
-    t, words = torch.tensor(500), text[slice(None)]
+    z = (torch.cat([z, z]) if text.guided else z).to(world.torch_device, world.dtype)
+    t, words = torch.tensor(500, device=world.torch_device), text[slice(None)]
     with torch.no_grad(), ExitStack() as stack:
         runs = {}
         for name, schedule in STEPS.items():
@@ -661,51 +664,30 @@ class Memory:
     technique: str
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that live, from the moment an operation makes them until they are freed."""
-
-    def __init__(self, before: Sequence[torch.Tensor]) -> None:
-        super().__init__()
-        self.known = {tensor.untyped_storage()._cdata for tensor in before}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for tensor in tensors(output):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.known:
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-        return output
-
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
 def memory(cell: Memory) -> dict[str, Any]:
-    """kept and peak bytes, counted while the step runs, and what shapes alone predict for both."""
+    """kept and peak bytes, measured while the steps run, and what shapes alone predict for both."""
     world = loaded(cell.world)
     unet, schedule = world.cloud, STEPS[cell.technique]
     text = worlds.condition(world, "cloud", cases(world, SETS[cell.N], 1)[0].candidates)
-    z = torch.zeros((2 if text.guided else 1) * cell.N, *world.shape)
-    words = text[slice(None)]
-    given = [*unet.parameters(), *unet.buffers(), z, *(v for v in words.values() if isinstance(v, torch.Tensor))]
-    with torch.no_grad(), _Live(given) as live, schedule.applied(unet, candidates=cell.N, guided=text.guided) as at:
-        for step in (0, 1):
-            with at(step):
-                unet(z, torch.tensor(500), **words)
-        kept = at.bytes()
+    z = torch.zeros((2 if text.guided else 1) * cell.N, *world.shape, dtype=world.dtype, device=world.torch_device)
+    t, words, kept = torch.tensor(500, device=world.torch_device), text[slice(None)], []
+
+    def steps() -> None:
+        with torch.no_grad(), schedule.applied(unet, candidates=cell.N, guided=text.guided) as at:
+            for step in (0, 1):
+                with at(step):
+                    unet(z, t, **words)
+            kept.append(at.bytes())
+
+    peak = cost.peak_bytes(steps)
     shape = shape_of(world)
     predicted = cost.kept_bytes(shape, schedule, cell.N, guided=text.guided, itemsize=world.dtype.itemsize)
-    return {"kept": kept, "peak": live.peak, "kept_predicted": sum(predicted.values()),
+    return {"kept": kept[0], "peak": peak, "kept_predicted": sum(predicted.values()),
             "peak_predicted": cell.N * call_bytes(unet, world.shape, text.guided) + sum(predicted.values())}
 
 
 def memory_table(timed: Sequence[Memory], results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Rows (candidates, technique, and megabytes: kept and peak, predicted and counted)."""
+    """Rows (candidates, technique, and megabytes: kept and peak, predicted and measured)."""
     columns = ("kept_predicted", "kept", "peak_predicted", "peak")
     return pd.DataFrame([{"candidates": cell.N, "technique": cell.technique,
                           **{f"{name}_mb": result[name] / 1e6 for name in columns}}
@@ -752,7 +734,7 @@ def attempt(world: str, text: str, schedule: Schedule, k: int = 10, seed: int = 
         ("multiply-adds, 10^9", cost.macs(shape, schedule, k, N) / 1e9),
         ("share of the work left", cost.macs(shape, schedule, k, N) / plain),
         ("kept from step to step, 10^6 bytes", kept / 1e6)], columns=["what", "value"])
-    return Attempt(torch.cat(images), bill)
+    return Attempt(torch.cat(images).cpu(), bill)
 
 
 def untouched(world: str, k: int = 4) -> dict[str, bool]:

@@ -186,6 +186,7 @@ def test_the_rule_finds_the_step_of_equal_noise(judged_world):
     device = levels[levels.schedule == "device, 25 steps"].log_snr.to_numpy()
     for row, own in zip(rule.itertuples(), gap, strict=True):
         assert own == pytest.approx(np.abs(device - row.cloud_log_snr).min())
+        assert abs(row.shift - row.shift_between) <= 1
     assert split.around(8, 25, 4, near=1) == (0, 4, 7, 8, 9, 10) and max(split.around(20, 25, 4)) == 20
 
 

@@ -306,7 +306,8 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for row in table[table.against_order.notna()].to_dict("records"):
         for metric, name in NAMES.items():
-            value, *ends = (round(row[f"{metric}{end}"], 12) for end in ("", "_low", "_high"))  # rounding is no effect
+            # an error of rounding is no finding
+            value, *ends = (round(row[f"{metric}{end}"], 12) for end in ("", "_low", "_high"))
             low, high = ends
             if metric == "kid":  # less is better
                 low, high = -high, -low
@@ -517,13 +518,18 @@ def shift_finding(table: pd.DataFrame, derived: int) -> pd.DataFrame:
 
 
 def shift_rule(world: World, T: int) -> pd.DataFrame:
-    """For each number k of cloud steps, the noise level left, the device's step nearest to it, and the shift."""
+    """For each number k of cloud steps, the noise level left, the device's step nearest to it, and the shift.
+
+    shift_between is the shift to the place between two of the device's steps where the levels would be equal.
+    """
     cloud, device = fresh(world.schedulers["cloud"], world.cloud_T), fresh(world.schedulers["device"], T)
+    levels = [log_snr(device, t) for t in device.timesteps]
     rows = []
     for k in range(1, world.cloud_T):
         shift = split_of(world, T, k).shift
         t, joined = cloud.timesteps[k], device.timesteps[k + shift]
         rows.append({"k": k, "cloud_timestep": float(t), "cloud_log_snr": log_snr(cloud, t), "shift": shift,
+                     "shift_between": float(np.interp(log_snr(cloud, t), levels, range(T))) - k,
                      "join": k + shift, "device_timestep": float(joined), "device_log_snr": log_snr(device, joined)})
     return pd.DataFrame(rows)
 

@@ -557,7 +557,7 @@ def measure(preset: str, world: str, seed: int) -> tuple[list[Scene], list[dict[
     chosen = setting(preset, world, seed)
     shape: Mapping[str, int] = chosen.pick(
         smoke={"scenes": 1, "candidates": 6, "T": 5, "reals": 2},
-        quick={"scenes": 2, "candidates": 30, "T": 25, "reals": 10},
+        quick={"scenes": 2, "candidates": 30, "T": 25, "reals": 15},
         full={"scenes": 40, "candidates": 30, "T": 25, "reals": 30},
     )
     scenes = [Scene(world, shape["candidates"], shape["T"], shape["reals"], 1000 * seed + i)

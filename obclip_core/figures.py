@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from obclip_core.provenance import write_whole
 
@@ -494,9 +495,11 @@ def privacy_price(table: pd.DataFrame) -> Figure:
     names = {"truth_plus_others": "real one + others\n(no epsilon)", "enumerate_all": "all candidates"}
     label = [names.get(row.mechanism, f"subset, epsilon {row.epsilon:g}") for row in table.itertuples()]
     panel = [f"N = {n}" for n in table.n]
-    table = table.assign(label=label, panel=panel)
-    return lines(table, "m", "posterior", by="label", panel="panel", log="xy", xlabel="candidates sent, m",
-                 ylabel="largest posterior (1)")  # fmt: skip
+    figure = lines(table.assign(offered=label, panel=panel), "m", "posterior", by="offered", panel="panel", log="xy",
+                   xlabel="candidates sent, m", ylabel="largest posterior (1)")  # fmt: skip
+    for axes, n in zip(figure.axes, dict.fromkeys(table.n), strict=True):
+        _plain_ticks(axes, table.m[table.n == n])
+    return figure
 
 
 def repeats_cost(table: pd.DataFrame) -> Figure:
@@ -505,14 +508,25 @@ def repeats_cost(table: pd.DataFrame) -> Figure:
     names = {"sum_epsilon": "fresh answers, sum", "epsilon_at_delta": f"fresh answers, at delta = {delta:g}",
              "memoised_epsilon": "memoised answers"}  # fmt: skip
     long = table.melt("requests", list(names), "answers", "epsilon").replace({"answers": names})
-    return lines(long, "requests", "epsilon", by="answers", log="xy", width=5.6,
-                 xlabel="requests for one prompt", ylabel="epsilon spent (1)")  # fmt: skip
+    figure = lines(long, "requests", "epsilon", by="answers", log="xy", width=6.6,
+                   xlabel="requests for one prompt", ylabel="epsilon spent (1)")  # fmt: skip
+    _plain_ticks(figure.axes[0], table.requests)
+    return figure
 
 
 def repeats_attack(table: pd.DataFrame) -> Figure:
     """How often intersecting t answers names the real candidate. Columns answers, requests, success, low, high."""
-    return lines(table, "requests", "success", by="answers", low="low", high="high", log="x", width=5.6,
-                 xlabel="requests for one prompt", ylabel="how often the guess is right")  # fmt: skip
+    figure = lines(table, "requests", "success", by="answers", low="low", high="high", log="x", width=5.6,
+                   xlabel="requests for one prompt", ylabel="how often the guess is right")  # fmt: skip
+    _plain_ticks(figure.axes[0], table.requests)
+    return figure
+
+
+def _plain_ticks(axes: Axes, places: Sequence[int]) -> None:
+    """Ticks at these whole numbers and nowhere between, also on a logarithmic axis."""
+    places = sorted(set(places))
+    axes.set_xticks(places, [str(place) for place in places])
+    axes.set_xticks([], minor=True)
 
 
 def publication_attack(table: pd.DataFrame) -> Figure:
@@ -524,6 +538,7 @@ def publication_attack(table: pd.DataFrame) -> Figure:
     for axes, (_, part) in zip(figure.axes, _groups(table, "panel"), strict=True):
         axes.axhline(part.guess.iloc[0], color="0.3", ls="--", lw=1, marker="")
         axes.set_ylim(-0.03, 1.03)
+        _plain_ticks(axes, part.k)
     return figure
 
 
@@ -688,7 +703,7 @@ def split_codings(table: pd.DataFrame, reference: float) -> Figure:
                 for number, (coding, one) in enumerate(_groups(part, "coding")):
                     axes.plot(one["bytes_a_candidate"] / 1000, one["picture_rms_255"], "os^D"[number % 4], label=coding)
                 axes.axvline(reference / 1000, color="0.3", ls=":", lw=1)
-                axes.set(title=f"N = {N}, {mode}", xscale="log", yscale="log")
+                axes.set(title=f"N = {N}, {mode}", yscale="log")
         for axes in grid[-1]:
             axes.set_xlabel("kB a candidate")
         figure.supylabel("error of the picture (grey levels of 255)", fontsize=8)
@@ -711,3 +726,122 @@ def split_from_picture(table: pd.DataFrame, chance: float) -> Figure:
 def _measured(table: pd.DataFrame) -> pd.DataFrame:
     """The rows that hold measured values, not paired differences."""
     return table[table[[name for name in table if name.startswith("against")]].isna().all(axis=1)]
+
+
+def quality_bias(table: pd.DataFrame) -> Figure:
+    """FID and KID of a source with itself against the number n of pictures, with the extremes of repeated draws; the
+    truth, 0, is dashed. Columns metric, n, value, low, high."""
+    with styled():
+        figure = new_figure(6.6, 2.6)
+        names = list(dict.fromkeys(table["metric"]))
+        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+            part = table[table["metric"] == name].sort_values("n")
+            axes.plot(part["n"], part["value"])
+            axes.fill_between(part["n"], part["low"], part["high"], alpha=0.2, lw=0)
+            axes.axhline(0, color="0.3", ls="--", lw=1, marker="")
+            axes.set(xlabel="pictures, n", ylabel=f"{name} of a source with itself", xscale="log")
+    return figure
+
+
+def quality_notices(table: pd.DataFrame) -> Figure:
+    """Which metric notices which fault: a row a metric, a column a fault. Columns metric, fault, value, notices."""
+    colours = {"-": "white", "yes": COLOURS[2], "no": "0.85", "wrongly better": COLOURS[1]}
+    metrics, faults = (list(dict.fromkeys(table[name])) for name in ("metric", "fault"))
+    with styled():
+        figure = new_figure(0.95 * len(faults) + 1.4, 0.42 * len(metrics) + 0.5)
+        axes = figure.add_subplot()
+        for row in table.itertuples():
+            x, y = faults.index(row.fault), metrics.index(row.metric)
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colours[row.notices], edgecolor="white"))
+            told = "" if row.notices == "-" else f"\n{row.notices}"
+            axes.text(x, y, f"{row.value:.3g}{told}", ha="center", va="center", fontsize=7)
+        axes.set(xlim=(-0.5, len(faults) - 0.5), ylim=(len(metrics) - 0.5, -0.5))
+        axes.set_xticks(range(len(faults)), faults)
+        axes.set_yticks(range(len(metrics)), [name.replace("_", " ") for name in metrics])
+        axes.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False)
+        _bare(axes)
+    return figure
+
+
+def quality_methods(table: pd.DataFrame, metrics: Mapping[str, tuple[str, bool]]) -> Figure:
+    """Tables 2, 3 and 6: a row a system and switch point, a colour an N, a panel a metric, with intervals."""
+    single = _measured(table)
+    single = single[single["metric"].isin(list(metrics))]
+    system = [name if pd.isna(k) else f"{name}, k = {k:g}" for name, k in zip(single["method"], single["k"],
+                                                                               strict=True)]
+    panel = [f"{metrics[name][0]}\n({'more' if metrics[name][1] else 'less'} is better)" for name in single["metric"]]
+    shown = single.assign(system=system, panel=panel, N=[f"N = {n}" for n in single["candidates"]])
+    order = {name: place for place, name in enumerate(metrics)}
+    shown = shown.sort_values("metric", key=lambda column: column.map(order), kind="stable")
+    return dots(shown, "value", "system", by="N", low="low", high="high", panel="panel", xlabel="", width=9.6)
+
+
+def quality_systems(table: pd.DataFrame) -> Figure:
+    """Every system of Table 1: the cloud's multiply-adds against attribute accuracy, the colour how often the cloud
+    names the real candidate. Systems that are only cited stand at the right edge. Columns of systems.csv."""
+    measured, cited = table[table["attribute_accuracy"].notna()], table[table["attribute_accuracy"].isna()]
+    with styled():
+        figure = new_figure(7.6, 4.4)
+        axes = figure.add_subplot()
+        x, y = measured["cloud_gmacs"].clip(lower=0), measured["attribute_accuracy"]
+        axes.errorbar(x, y, yerr=np.maximum(0, [y - measured["low"], measured["high"] - y]), fmt="none", lw=0.7,
+                      color="0.6", zorder=1)
+        dots_ = axes.scatter(x, y, c=measured["guess"], vmin=0, vmax=1, cmap="viridis_r", s=42, zorder=2,
+                             edgecolor="black", lw=0.5)
+        for number, row in enumerate(measured.itertuples()):
+            N = "" if pd.isna(row.candidates) else f" (N = {row.candidates:g})"
+            axes.annotate(f"{row.system}{N}", (max(row.cloud_gmacs, 0), row.attribute_accuracy),
+                          (5, 4 if number % 2 else -9), textcoords="offset points", fontsize=6.5)
+        axes.set(xlabel="the cloud's multiply-adds a picture (billions)", ylabel="attribute accuracy (more is better)",
+                 xscale="symlog")
+        axes.set_xlim(-0.3, 12 * max(1.0, float(x.max())))
+        for number, row in enumerate(cited.itertuples()):
+            axes.annotate(f"{row.system}: cited, beyond the axis", (0.99, 0.03 + 0.045 * number), fontsize=6.5,
+                          xycoords="axes fraction", ha="right", color="0.3")
+        figure.colorbar(dots_, ax=axes, label="how often the cloud names the real candidate")
+    return figure
+
+
+def quality_fairness(table: pd.DataFrame) -> Figure:
+    """Fairness: how often an attribute is drawn as asked, by the value that was asked for, and the paired change by
+    acceleration. Columns attribute, asked, metric, method, value, low, high, against."""
+    part = table[(table["metric"] == "right") & (table["asked"] != "gap")]
+    ours = part[part["method"].str.startswith("obclip") | part["against"].notna()]
+    panel = np.where(ours["against"].isna(), "as asked (share)", "change by acceleration")
+    shown = ours.assign(panel=panel, what=ours["attribute"] + ": " + ours["asked"])
+    return dots(shown, "value", "what", by="method", low="low", high="high", panel="panel", xlabel="", width=8.4)
+
+
+def quality_pivot(table: pd.DataFrame) -> Figure:
+    """Batch reuse: how many of the attributes that differ from the pivot's are drawn as the pivot has them, against
+    their number. Columns candidates, k, apart, metric, method, value, low, high, against."""
+    part = table[(table["metric"] == "pulled") & table["against"].isna()]
+    part = part.assign(panel=[f"N = {n}, k = {k}" for n, k in zip(part["candidates"], part["k"], strict=True)],
+                       shown=part["method"].str.replace("obclip+cache+reuse", "with reuse").str.replace(
+                           "obclip+cache", "without reuse"))
+    figure = lines(part, "apart", "value", by="shown", panel="panel", low="low", high="high",
+                   xlabel="attributes apart", ylabel="drawn as the pivot's (share)",
+                   width=max(4.4, 1.5 * part["panel"].nunique() + 1.4))
+    for axes in figure.axes:
+        axes.set_xticks(sorted(set(part["apart"])))
+    return figure
+
+
+def quality_claims(table: pd.DataFrame) -> Figure:
+    """The paper's claims and their verdicts: a bar an artefact, how many claims hold, fail or are open."""
+    colours = {"holds": COLOURS[2], "does not hold": COLOURS[1], "cannot be decided here": "0.8"}
+    names = list(dict.fromkeys(table["artefact"]))
+    with styled():
+        figure = new_figure(6.4, 0.6 + 0.22 * len(names))
+        axes = figure.add_subplot()
+        left = np.zeros(len(names))
+        for verdict, colour in colours.items():
+            counts = np.array([((table["artefact"] == name) & (table["verdict"] == verdict)).sum() for name in names])
+            axes.barh(range(len(names)), counts, left=left, color=colour, label=verdict, edgecolor="white")
+            left = left + counts
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlabel="claims", ylim=(len(names) - 0.5, -0.5))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="y", visible=False)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure

@@ -160,7 +160,7 @@ def go(world: World, walk: Walk, side: str, texts: Sequence[str], upto: int) -> 
 
 @cache
 def _load(world: str) -> World:
-    return worlds.load(world)
+    return worlds.load(world, torch_device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def depends(scene: Scene) -> list[str | Path]:

@@ -130,7 +130,8 @@ def load(
                              (f"; its clouds are {having}" if table == cloud else ""))
     text, tables = spec["text"], {"cloud": spec[cloud], "device": spec["device"]}
     # without the package accelerate diffusers cannot load any other way, and says so at every part
-    into = {"torch_dtype": dtype, "low_cpu_mem_usage": diffusers.utils.is_accelerate_available()}
+    into = {"torch_dtype": dtype, "low_cpu_mem_usage": diffusers.utils.is_accelerate_available(),
+            "output_loading_info": True}
 
     def part(what: str, cls: Any, where: Any, **options: Any) -> Any:
         found = _from_pretrained(f"the {what} of world {file.stem}", cls, where, file, options)
@@ -152,9 +153,10 @@ def load(
     return World(
         name=spec.get("name", file.stem),
         tokenizers=tuple(part("tokenizer", transformers.AutoTokenizer, where) for where in text["tokenizers"]),
-        text_encoders=tuple(part("text encoder", cls, where, dtype=dtype)
+        text_encoders=tuple(part("text encoder", cls, where, dtype=dtype, output_loading_info=True)
                             for cls, where in zip(encoders, text["encoders"], strict=False)),
-        vae=None if side == "cloud" else part("VAE", diffusers.AutoModel, spec["vae"].get("source"), **into),
+        vae=None if side == "cloud" else part("VAE", diffusers.AutoModel, spec["vae"].get("source"),
+                                              **{**into, "output_loading_info": False}),
         cloud=unet("cloud"),
         device=unet("device"),
         schedulers={key: scheduler(key) for key in SIDES},
@@ -322,7 +324,12 @@ def _from_pretrained(what: str, cls: Any, where: Any, file: Path, options: Mappi
     for source, how in tries:
         try:
             with _quiet():
-                return cls.from_pretrained(source, **options, **how)
+                found = cls.from_pretrained(source, **options, **how)
+            if isinstance(found, tuple):
+                found, told = found
+                if lacking := sorted(told["missing_keys"]):  # they would be drawn at random, and nobody would know
+                    raise ValueError(f"there are no weights for {lacking[0]}")
+            return found
         except Exception as error:  # hub, file system, parser: each library raises its own; the user needs a sentence
             why = error
     reason = re.sub(r"\s+", " ", str(why)).strip()[:160]

@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from obclip_core import worlds
 
@@ -149,3 +150,14 @@ def test_the_papers_worlds_are_declared_and_whole():
         assert spec["name"] == name and spec["T"] == 25
         assert {"text", "vae", "scheduler", "cloud", "device"} <= set(spec)
         assert len(spec["text"]["tokenizers"]) == len(spec["text"]["encoders"]) == (2 if "sdxl" in name else 1)
+
+
+@pytest.mark.parametrize("part", ["cloud", "text_encoder"])
+def test_missing_weights_are_refused_and_not_drawn_at_random(folder, tmp_path, part):
+    broken = tmp_path / "world"
+    shutil.copytree(folder, broken)
+    (weights,) = (broken / part).glob("*.safetensors")
+    kept = dict(sorted(load_file(weights).items())[3:])
+    save_file(kept, weights, {"format": "pt"})
+    with pytest.raises(worlds.WorldError, match="no weights for"):
+        worlds.load(broken)

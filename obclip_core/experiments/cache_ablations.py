@@ -81,6 +81,7 @@ class Case:
         return sum(self.values[self.index][name] != value for name, value in self.values[other].items())
 
 
+@lru_cache(maxsize=8)
 def cases(world: worlds.World, prompts: str, count: int, seed: int = 0) -> tuple[Case, ...]:
     """The first ``count`` requests of a prompt set (n2, n6, n30); the i-th is the same whatever the count."""
     file = world.prompts or ROOT / "data" / "prompts" / "portraits.toml"
@@ -411,7 +412,8 @@ def trajectory(cell: Trajectory) -> dict[str, Any]:
     cross, mid (T - 1): relative change |x_t - x_(t-1)| / |x_t| of the cross-attention maps (mean over layers) and of
     the mid block's output; heat (steps SHOWN, 2, words, h, w): cross-attention to single words, at the finest layers;
     plain and centred (SHOWN, 2, COMPONENTS, h w): leading left singular vectors of the mean self-attention map there,
-    as it is and with the mean over places taken off; pictures (2, 3, H, W); the two texts.
+    as it is and with the mean over places taken off; pictures (2, 3, H, W); the two texts; words, what heat is of (an
+    attribute by its name, since its value differs).
     """
     world = loaded(cell.world)
     case = cases(world, cell.prompts, cell.number + 1, cell.seed)[-1]
@@ -443,7 +445,7 @@ def trajectory(cell: Trajectory) -> dict[str, Any]:
         handed = run(world, offer, on_step=look)
     found = {name: torch.stack(value).cpu().numpy() for name, value in rows.items()}
     return found | {"pictures": decode(world, handed.latents).cpu(), "texts": list(texts),
-                    "words": [case.values[case.index].get(name, "") for name in WORDS]}
+                    "words": [name if name in ATTRIBUTES else case.values[case.index].get(name, "") for name in WORDS]}
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from obclip_core.provenance import ROOT, digest, imports, sources, write_whole
 from obclip_core.sweep import PRESETS, Setting
 
 PARAMETERS = {"preset": "quick", "world": "portraits", "seed": 0}
+UNUSED = "ignore:IProgress not found"  # tqdm's word, with a path of this machine, on a widget that nothing here uses
 
 
 class NotebookError(Exception):
@@ -121,7 +122,7 @@ def execute(book: Notebook, setting: Setting, root: Path = ROOT) -> None:
     staged = Path(tempfile.mkdtemp(prefix=".run-", dir=folder))
     output = staged / "notebooks" / book.path.name
     output.parent.mkdir()
-    variables = {"OBCLIP_OUT": str(staged), "OBCLIP_PRESET": "", "PYTHONPATH": str(root)}
+    variables = {"OBCLIP_OUT": str(staged), "OBCLIP_PRESET": "", "PYTHONPATH": str(root), "PYTHONWARNINGS": UNUSED}
     if sys.stderr.isatty():
         variables["OBCLIP_TERMINAL"] = os.ttyname(sys.stderr.fileno())
     before = depends(book, setting, root)

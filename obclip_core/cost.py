@@ -22,7 +22,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from diffusers.models.attention_processor import Attention
 
 from obclip_core.accelerate import NONE, Schedule
 from obclip_core.accelerate.merge import merged
+from obclip_core.accelerate.schedule import KEEPING
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "paper"
 KINDS = ("conv", "linear", "qk", "av")
@@ -127,14 +128,15 @@ def step_macs(shape: Shape, schedule: Schedule = NONE, step: int = 0, candidates
               chunks: int = 1, kinds: Iterable[str] = KINDS) -> int:
     """Multiply-adds of one step on N candidates in ``chunks`` U-Net calls, of these kinds of product."""
     on, kinds = schedule.on(step), frozenset(kinds)
-    branches = 2 if guided and "tgate" not in on else 1
+    asked = schedule.rows(step, candidates, guided)
     total = 0
     for op in shape.ops:
         if op.kind not in kinds or not _runs(op, on, schedule, shape):
             continue
-        part, rows, macs = op.name.rpartition(".")[2], branches * candidates, op.macs
-        if "reuse" in on and candidates > 1 and op.attention and part in ("to_q", "to_k", "qk"):
-            rows = branches * (chunks if part == "qk" else 1)  # the map is made again for each chunk, from kept Q and K
+        part, rows, macs = op.name.rpartition(".")[2], sum(asked), op.macs
+        if "reuse" in on and asked[0] > 1 and op.attention and part in ("to_q", "to_k", "qk"):
+            # the map is made again for each chunk, from kept Q and K
+            rows = sum((chunks if part == "qk" and n > 1 else 1) for n in asked if n)
         if "merge" in on and op.attention == "attn1" and _depth(op, shape) <= schedule.merge_depth:
             macs = _merged(op, schedule, shape)
         total += rows * macs
@@ -148,9 +150,9 @@ def macs(shape: Shape, schedule: Schedule = NONE, k: int = 25, candidates: int =
 
 def _over(schedule: Schedule, k: int, count: Callable[[int], int]) -> int:
     """The sum of ``count`` over k steps; steps with the same techniques on cost the same."""
-    first = {schedule.on(step): step for step in reversed(range(k))}
-    each = {on: count(step) for on, step in first.items()}
-    return sum(each[schedule.on(step)] for step in range(k))
+    alike = [(schedule.on(step), schedule.rows(step, 0)) for step in range(k)]
+    each = {kind: count(step) for kind, step in zip(reversed(alike), reversed(range(k)), strict=True)}
+    return sum(each[kind] for kind in alike)
 
 
 def _runs(op: Op, on: frozenset[str], schedule: Schedule, shape: Shape) -> bool:
@@ -190,7 +192,9 @@ def _merged(op: Op, schedule: Schedule, shape: Shape) -> int:
 def kept_bytes(shape: Shape, schedule: Schedule, candidates: int, *, guided: bool = True,
                itemsize: int = 2) -> dict[str, int]:
     """Bytes that each technique keeps from step to step for N candidates (``Request.bytes`` while it runs)."""
-    rows, ops = candidates * (2 if guided else 1), {op.name: op for op in shape.ops}
+    last = max((step for name in schedule.techniques if name in KEEPING for step in schedule.steps(name)), default=0)
+    asked = replace(schedule, tgate=()).rows(last, candidates, guided)
+    rows, ops = sum(asked), {op.name: op for op in shape.ops}
     attention = {kind: sum(op.out for op in shape.ops if op.attention == kind and op.name.endswith(".to_out.0"))
                  for kind in ("attn1", "attn2")}
     lower = sum(op.out for op in shape.ops if op.name.startswith("down_blocks.")
@@ -199,7 +203,7 @@ def kept_bytes(shape: Shape, schedule: Schedule, candidates: int, *, guided: boo
     first = shape.layers - 1 - schedule.branch
     last = shape.ups - 1
     up = f"up_blocks.{last}.resnets.{first - 1}.conv2" if first else f"up_blocks.{last - 1}.upsamplers.0.conv"
-    elements = {"cache": rows * sum(attention.values()), "tgate": candidates * attention["attn2"],
+    elements = {"cache": rows * sum(attention.values()), "tgate": asked[0] * attention["attn2"],
                 "skip": rows * (lower + sum(mid)), "encoder": rows * (lower + sum(mid) + ops["conv_in"].out),
                 "deepcache": rows * ops[up].out if up in ops else 0}
     return {name: elements[name] * itemsize for name in schedule.techniques if name in elements}

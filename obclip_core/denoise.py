@@ -42,19 +42,22 @@ def run(world: World, offer: Offer, *, start: HandOver | None = None, memory_lim
     ``start`` (see ``noised``) begins from a picture instead of noise. ``memory_limit`` bounds the bytes of one U-Net
     call; ``on_step(step, latents)`` is told every step. The hand-over holds (N, C, h, w).
     """
-    split, N, first = offer.split, offer.N, start.step if start else 0
+    split, N, first, plan = offer.split, offer.N, start.step if start else 0, _plan(offer)
     scheduler = fresh(world.schedulers[split.first], split.steps, first, world.torch_device)
     noise = torch.Generator("cpu").manual_seed(offer.seed)
     z_T = scheduler.init_noise_sigma * _draw(world, noise)
     if start:
         start.check(world, split, step=first, N=1, mode="restart")
 
-    x = (start.latents if start else z_T).repeat(N, 1, 1, 1)
+    M = len(plan.runs(split.k)) if plan else N
+    x, own = (start.latents if start else z_T).repeat(M, 1, 1, 1), [noise.clone_state() for _ in range(M)]
     if steps := range(first, split.k):
-        unet, text = world.unet(split.first), condition(world, split.first, offer.candidates)
-        chunks = _chunks(unet, x, text, memory_limit)
-        with _accelerated(offer.acceleration, unet, N, text.guided) as at:
-            x = _denoise(unet, scheduler, steps, x, text, [noise.clone_state() for _ in range(N)], chunks, at, on_step)
+        unet = world.unet(split.first)
+        for part in plan.parts(steps) if plan else (_Whole(steps, tuple(range(N))),):
+            text = condition(world, split.first, [offer.candidates[i] for i in part.asked])
+            chunks = _chunks(unet, x[:len(part.asked)], text, memory_limit)
+            with _accelerated(offer.acceleration, unet, len(part.asked), text.guided) as at:
+                x = _denoise(unet, scheduler, part.steps, x, text, own, chunks, at, on_step, part)
 
     mode = _mode(world, split)
     state = state_of(scheduler, split.steps, split.k, x) if mode == "exact" else {}
@@ -71,8 +74,10 @@ def finish(world: World, offer: Offer, hand_over: HandOver, secret: Secret, *,
     """
     split = offer.split
     secret.check(offer.N)
-    hand_over.check(world, split, step=split.k, N=offer.N, mode=_mode(world, split))
-    picked = (hand_over if hand_over.N == 1 else hand_over.pick(secret)).to(world.torch_device)
+    recipe = plan.recipe(split.k) if (plan := _plan(offer)) else None
+    M = offer.N if recipe is None else recipe.shape[1]
+    hand_over.check(world, split, step=split.k, N=M, mode=_mode(world, split))
+    picked = (hand_over if hand_over.N == 1 else hand_over.pick(secret, recipe)).to(world.torch_device)
     scheduler = resume(fresh(world.schedulers[split.second], split.T, split.join, world.torch_device), picked.state)
     noise = torch.Generator("cpu").manual_seed(offer.seed)
     for _ in range(1 + split.k):  # pass over the first side's draws: z_T, and at most one a step
@@ -127,16 +132,26 @@ def noised(world: World, picture: torch.Tensor, split: Split, step: int, seed: i
 
 def _denoise(unet: Any, scheduler: Any, steps: range, x: torch.Tensor, text: Conditioning,
              noise: list[torch.Generator], chunks: tuple[slice, ...] = (slice(None),),
-             at: Any = lambda i, rows: nullcontext(), on_step: OnStep | None = None) -> torch.Tensor:
-    """The loop of Algorithm 1: the U-Net sees the candidates a chunk at a time, the scheduler steps all at once."""
+             at: Any = lambda i, rows: nullcontext(), on_step: OnStep | None = None,
+             part: Any = None) -> torch.Tensor:
+    """The loop of Algorithm 1: the U-Net sees the candidates a chunk at a time, the scheduler steps all at once.
+
+    A plan's ``part`` asks the U-Net about some of the rows only and composes the predictions of all from theirs.
+    """
+    spread = getattr(part, "spread", None)
+    see = getattr(at, "see", lambda z: None)
     for i in steps:
         t = scheduler.timesteps[i]
         z = scheduler.scale_model_input(x, t)
+        z = z if spread is None else z[list(part.rows)]
+        see(z)
         predictions = []
         for rows in chunks:
             with at(i, rows):
                 predictions.append(_predict(unet, z[rows], t, text, rows))
-        x = scheduler.step(torch.cat(predictions), t, x, return_dict=False, **draws(scheduler, noise))[0]
+        e = torch.cat(predictions)
+        e = e if spread is None else torch.einsum("mn,nchw->mchw", torch.as_tensor(spread).to(e), e)
+        x = scheduler.step(e, t, x, return_dict=False, **draws(scheduler, noise))[0]
         if on_step is not None:
             on_step(i, x)
     return x
@@ -148,6 +163,22 @@ def _predict(unet: Any, z: torch.Tensor, t: torch.Tensor, text: Conditioning, ro
         return unet(z, t, **text[rows]).sample
     nothing, prompt = unet(torch.cat([z, z]), t, **text[rows]).sample.chunk(2)
     return nothing + text.w * (prompt - nothing)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """All steps, all candidates: what is run where no plan says otherwise."""
+
+    steps: range
+    asked: tuple[int, ...]
+
+
+def _plan(offer: Offer) -> Any:
+    """The offer's plan of which candidates are run, checked against their number; None where all are."""
+    plan = getattr(offer.acceleration, "plan", None)
+    if plan is not None:
+        plan.check(offer.N)
+    return plan
 
 
 def _draw(world: World, noise: torch.Generator) -> torch.Tensor:

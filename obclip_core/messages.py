@@ -142,10 +142,18 @@ class HandOver:
     def N(self) -> int:
         return len(self.latents)
 
-    def pick(self, secret: Any) -> HandOver:
-        """The hand-over of one candidate: line 5 of Algorithm 1. The choice happens here, on the device."""
-        secret.check(self.N)
-        return self._each(lambda tensor: tensor[secret.index:secret.index + 1])
+    def pick(self, secret: Any, recipe: Any = None) -> HandOver:
+        """The hand-over of one candidate: line 5 of Algorithm 1. The choice happens here, on the device.
+
+        With a ``recipe`` (candidates, N) there are more candidates than latents, and row by row it says of what
+        multiples of the latents (and of the state, which follows them linearly) each candidate's are the sum.
+        """
+        if recipe is None:
+            secret.check(self.N)
+            return self._each(lambda tensor: tensor[secret.index:secret.index + 1])
+        secret.check(len(recipe))
+        weights = torch.tensor(recipe[secret.index], dtype=torch.float64)
+        return self._each(lambda x: (weights.to(x.device).view(-1, 1, 1, 1) * x.double()).sum(0, keepdim=True).to(x))
 
     def to(self, torch_device: Any) -> HandOver:
         """The same hand-over, its tensors on ``torch_device``."""

@@ -41,12 +41,24 @@ class Request:
     kept: dict[tuple[str, str, int], Any] = field(default_factory=dict)
     within: dict[str, Any] = field(default_factory=dict)
     step: int | None = None
+    batch: torch.Tensor | None = None
+    lone: Request | None = None
 
     def bytes(self) -> int:
         """Bytes of all stored tensors, each memory block once."""
-        blocks = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                  for t in tensors([list(self.kept.values()), list(self.within.values())])}
-        return sum(blocks.values())
+        requests = [request for request in (self, self.lone) if request is not None]
+        kept = [[list(request.kept.values()), list(request.within.values())] for request in requests]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(kept)}.values())
+
+    def see(self, latents: torch.Tensor) -> None:
+        """Be told the latents of all candidates before a step's U-Net calls, of which each may have but a chunk."""
+        self.batch = latents
+
+    def alone(self) -> Request:
+        """A request of one row that belongs to no candidate, with the same techniques and a store of its own."""
+        if self.lone is None:
+            self.lone = Request(self.unet, replace(self.schedule, pivot=0), self.wanted, 1, 1)
+        return self.lone
 
     @contextmanager
     def __call__(self, step: int, rows: slice | None = None) -> Iterator[None]:
@@ -100,11 +112,12 @@ class Call:
 
     def halved(self) -> Any:
         """A context in which the U-Net runs on the conditional part alone."""
-        return _as_call(replace(self, branches=1))
+        return entered(replace(self, branches=1))
 
 
 @contextmanager
-def _as_call(call: Call) -> Iterator[Call]:
+def entered(call: Call) -> Iterator[Call]:
+    """A context in which the U-Net works for ``call``."""
     token = _call.set(call)
     try:
         yield call
@@ -152,6 +165,7 @@ def hooked(request: Request) -> Iterator[Request]:
         finally:
             request.kept.clear()
             request.within.clear()
+            request.lone = request.batch = None
 
 
 @contextmanager

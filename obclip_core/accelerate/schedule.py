@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 
-from obclip_core.accelerate import cache, deepcache, encoder, merge, reuse, skip, tgate
+from obclip_core.accelerate import cache, deepcache, encoder, merge, reuse, share, skip, tgate
+from obclip_core.accelerate.compose import Plan, plain_data
 from obclip_core.accelerate.request import Request, hooked
 
 # outermost first: what is kept whole hides what would be computed inside
-TECHNIQUES = {module.NAME: module for module in (tgate, cache, reuse, merge, deepcache, skip, encoder)}
+TECHNIQUES = {module.NAME: module for module in (share, tgate, cache, reuse, merge, deepcache, skip, encoder)}
 BLOCKS = ("skip", "encoder", "deepcache")
 KEEPING = ("cache", "tgate", *BLOCKS)
 
@@ -29,7 +30,9 @@ class Schedule:
     tgate, encoder, deepcache, merge
                the competition: T-GATE, encoder propagation, DeepCache at ``branch``, Token Merging of
                ``merge_ratio`` of the tokens down to ``merge_depth`` halvings
+    share      one unconditional branch for all candidates, corrected by ``share_gain`` (one number a step, or none)
 
+    ``plan`` says which candidates are run at all, and which are composed from them (``compose.Plan``).
     The paper's points are ``points(k, r, s)``. ValueError where a technique has nothing to keep from.
     """
 
@@ -40,6 +43,9 @@ class Schedule:
     encoder: tuple[int, ...] = ()
     deepcache: tuple[int, ...] = ()
     merge: tuple[int, ...] = ()
+    share: tuple[int, ...] = ()
+    share_gain: tuple[float, ...] = ()
+    plan: Plan | None = None
     pivot: int = 0
     plain: bool = False
     branch: int = 0
@@ -71,6 +77,26 @@ class Schedule:
         if both := sorted(set(self.reuse) & set(self.merge)):
             raise ValueError(f"reuse and merge are both on at steps {both}, but each candidate merges its own tokens, "
                              "which a pivot's map does not fit: keep their steps apart")
+        if isinstance(self.plan, Mapping):
+            try:
+                object.__setattr__(self, "plan", Plan(**self.plan))
+            except TypeError as why:
+                raise ValueError(f"{self.plan!r} is no plan: expected its axes and stages") from why
+        if self.plan is not None and not isinstance(self.plan, Plan):
+            raise ValueError(f"plan is {self.plan!r}, expected a Plan")
+        for stage in self.plan.stages if self.plan else ():
+            if early := sorted(name for name in KEEPING if stage.step in getattr(self, name)):
+                raise ValueError(f"{early[0]} is on at step {stage.step}, where other candidates begin to run, and "
+                                 "nothing is kept of them yet: start it a step later")
+        if not isinstance(self.share_gain, (tuple, list)) or any(
+                isinstance(g, bool) or not isinstance(g, (int, float)) or not abs(g) < 1e6 for g in self.share_gain):
+            raise ValueError(f"share_gain is {self.share_gain!r}, expected a list of numbers")
+        object.__setattr__(self, "share_gain", tuple(map(float, self.share_gain)))
+        if self.share_gain and len(self.share_gain) != len(self.share):
+            raise ValueError(f"there are {len(self.share_gain)} gains for {len(self.share)} shared steps, expected one "
+                             "a step, or none")
+        if self.share and self.tgate:
+            raise ValueError("share and tgate both decide on the unconditional branch: use one of them in a schedule")
         if self.tgate and self.tgate != tuple(range(self.tgate[0], self.tgate[0] + len(self.tgate))):
             raise ValueError(f"tgate is {self.tgate}, expected one run of steps: guidance does not come back after it")
 
@@ -112,7 +138,8 @@ class Schedule:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; ``from_dict`` is its inverse."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        data = {key: list(value) if isinstance(value, tuple) else value for key, value in _shallow(self).items()}
+        return data | {"plan": None if self.plan is None else plain_data(self.plan)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Schedule:
@@ -141,6 +168,11 @@ class Schedule:
         with hooked(Request(unet, self, wanted, candidates, 2 if guided else 1)) as at:
             yield at
 
+    def rows(self, step: int, candidates: int, guided: bool = True) -> tuple[int, int]:
+        """How many (conditional, unconditional) rows the U-Net is given at ``step`` for N candidates."""
+        n = candidates if self.plan is None else len(self.plan.at(step).runs)
+        return n, 0 if not guided or step in self.tgate else 1 if step in self.share else n
+
     @property
     def techniques(self) -> tuple[str, ...]:
         """Techniques that are on at some step, outermost first."""
@@ -157,11 +189,15 @@ class Schedule:
         return min(self.skip, default=None)
 
 
+def _shallow(schedule: Schedule) -> dict[str, Any]:
+    return {field.name: getattr(schedule, field.name) for field in fields(schedule)}
+
+
 def union(schedules: Iterable[Schedule]) -> Schedule:
     """One schedule with all of theirs on; where settings differ from the usual, the last one's."""
-    usual, both = asdict(Schedule()), {}
+    usual, both = _shallow(Schedule()), {}
     for schedule in schedules:
-        for key, value in asdict(schedule).items():
+        for key, value in _shallow(schedule).items():
             if key in TECHNIQUES:
                 both[key] = tuple(sorted({*both.get(key, ()), *value}))
             elif value != usual[key]:

@@ -846,3 +846,66 @@ def quality_claims(table: pd.DataFrame) -> Figure:
         axes.grid(axis="y", visible=False)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def beyond_frontier(table: pd.DataFrame) -> Figure:
+    """Work of the cloud against the error of the latents, a panel a number of candidates, with target and controls."""
+    most = {30: 1.0, 6: 0.4, 2: 0.25}
+    with styled():
+        panels = sorted(set(table["candidates"]), reverse=True)
+        figure = new_figure(1.4 + 3.1 * len(panels), 3.4)
+        kinds = list(dict.fromkeys(table["kind"]))
+        for axes, N in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
+            part = table[table["candidates"] == N]
+            for number, kind in enumerate(kinds):
+                group = part[part["kind"] == kind]
+                error = np.maximum(0, [group["latent_error"] - group["latent_error_low"],
+                                       group["latent_error_high"] - group["latent_error"]])
+                axes.errorbar(group["cloud_work_ratio"], group["latent_error"], yerr=error, fmt="os^DvPXh"[number % 8],
+                              lw=0.7, capsize=1.5, color=COLOURS[number % len(COLOURS)], label=kind)
+            best = part[front(part["cloud_work_ratio"], part["latent_error"])].sort_values("cloud_work_ratio")
+            axes.plot(best["cloud_work_ratio"], best["latent_error"], color="0.4", ls="--", lw=1, marker="", zorder=0)
+            axes.axhline(1, color="0.6", ls="--", lw=0.8)
+            if N in most:
+                axes.axvline(most[N], color="0.4", ls=":", lw=1)
+            axes.set(xscale="log", xlabel="cloud's work (plain generations)", title=f"N = {N}")
+        figure.axes[0].set_ylabel("latent error (multiples of the spread)")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper")
+    return figure
+
+
+def beyond_pictures(pictures: Any, methods: Sequence[str]) -> Figure:
+    """The same candidates, a column each, served by each method, a row each; pictures (methods, count, 3, H, W)."""
+    pictures = _array(pictures)
+    return picture_grid(pictures, list(methods), [""] * pictures.shape[1], column_title="candidates")
+
+
+def beyond_gains(table: pd.DataFrame) -> Figure:
+    """The error of one shared unconditional branch without correction and with that of each spread."""
+    with styled():
+        figure = new_figure(5.0, 2.8)
+        axes = figure.add_subplot()
+        error = np.maximum(0, [table["latent_error"] - table["latent_error_low"],
+                               table["latent_error_high"] - table["latent_error"]])
+        places = np.arange(len(table))
+        axes.errorbar(places, table["latent_error"], yerr=error, fmt="o", capsize=2)
+        axes.set_xticks(places, table["correction"])
+        axes.set(xlabel="correction", ylabel="latent error (multiples of the spread)", ylim=(0, None))
+    return figure
+
+
+def beyond_shapes(table: pd.DataFrame) -> Figure:
+    """The work of every method on a cloud of the paper, a panel a number of candidates, one plain generation dotted."""
+    with styled():
+        panels = sorted(set(table["candidates"]))
+        most = max(table[table["candidates"] == N].shape[0] for N in panels)
+        figure = new_figure(4.0 * len(panels), 0.8 + 0.24 * most)
+        for axes, N in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            part = table[table["candidates"] == N].sort_values("cloud_work_ratio", ascending=False)
+            axes.barh(part["method"], part["cloud_work_ratio"], color=COLOURS[0])
+            axes.axvline(1, color="0.3", ls=":", lw=1)
+            axes.tick_params(axis="y", labelsize=7)
+            axes.grid(axis="y", visible=False)
+            axes.set(xlabel="cloud's work (plain generations)", title=f"N = {N}")
+    return figure

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from obclip_core.provenance import write_whole
@@ -782,17 +783,20 @@ def quality_systems(table: pd.DataFrame) -> Figure:
     names the real candidate. Systems that are only cited stand at the right edge. Columns of systems.csv."""
     measured, cited = table[table["attribute_accuracy"].notna()], table[table["attribute_accuracy"].isna()]
     with styled():
-        figure = new_figure(7.6, 4.4)
+        figure = new_figure(7.6, 5.0)
         axes = figure.add_subplot()
         x, y = measured["cloud_gmacs"].clip(lower=0), measured["attribute_accuracy"]
         axes.errorbar(x, y, yerr=np.maximum(0, [y - measured["low"], measured["high"] - y]), fmt="none", lw=0.7,
                       color="0.6", zorder=1)
         dots_ = axes.scatter(x, y, c=measured["guess"], vmin=0, vmax=1, cmap="viridis_r", s=42, zorder=2,
                              edgecolor="black", lw=0.5)
-        for number, row in enumerate(measured.itertuples()):
+        handles = []
+        for number, row in enumerate(measured.itertuples(), 1):
             N = "" if pd.isna(row.candidates) else f" (N = {row.candidates:g})"
-            axes.annotate(f"{row.system}{N}", (max(row.cloud_gmacs, 0), row.attribute_accuracy),
-                          (5, 4 if number % 2 else -9), textcoords="offset points", fontsize=6.5)
+            axes.annotate(str(number), (max(row.cloud_gmacs, 0), row.attribute_accuracy), (4, 4), fontsize=6.5,
+                          textcoords="offset points")
+            handles.append(Line2D([], [], ls="", marker=f"${number}$", color="black", label=f"{row.system}{N}"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=6.5)
         axes.set(xlabel="the cloud's multiply-adds a picture (billions)", ylabel="attribute accuracy (more is better)",
                  xscale="symlog")
         axes.set_xlim(-0.3, 12 * max(1.0, float(x.max())))
@@ -824,7 +828,7 @@ def quality_pivot(table: pd.DataFrame) -> Figure:
                    xlabel="attributes apart", ylabel="drawn as the pivot's (share)",
                    width=max(4.4, 1.5 * part["panel"].nunique() + 1.4))
     for axes in figure.axes:
-        axes.set_xticks(sorted(set(part["apart"])))
+        axes.set(xticks=sorted(set(part["apart"])), xlim=(0.7, max(part["apart"]) + 0.3), ylim=(-0.05, 1.05))
     return figure
 
 

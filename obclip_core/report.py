@@ -66,9 +66,9 @@ def beside(paper: pd.DataFrame, ours: pd.DataFrame) -> pd.DataFrame:
     """The paper's rows and ours, one above the other, a column a metric, in the paper's order of methods.
 
     Both in long form: world, method, k, candidates, metric, value; ours may have low and high, and rows that compare
-    with another method (a column against), which are left out here.
+    with another method or k (columns against, against_k), which are left out here.
     """
-    ours = ours[ours.against.isna()] if "against" in ours else ours
+    ours = ours[ours[[name for name in ours if name.startswith("against")]].isna().all(axis=1)]
     paper, ours = paper.assign(source="paper"), ours.assign(source="ours")
     long = pd.concat([paper, ours], ignore_index=True)
     long["value"] = [_interval(row) for row in long.to_dict("records")]
@@ -136,7 +136,7 @@ def _section(
         yield from (f"Note: {artefact['note']}", "")
     claims = tables.pop("claims", None)
     if claims is not None:
-        kept = ["claim", "paper", "ours", "low", "high", "verdict", "why"]
+        kept = ["claim", "paper", "ours", "low", "high", "n", "world", "verdict", "why"]
         yield from (markdown(claims[[name for name in kept if name in claims]]), "")
     mergeable = [name for name, table in tables.items() if len(paper) and {*KEYS[1:], "metric", "value"} <= set(table)]
     if mergeable:

@@ -226,6 +226,8 @@ def _tidy(book: Any) -> Any:
         cell.metadata.clear()
         if tags:
             cell.metadata["tags"] = tags
+        if cell.cell_type == "code":  # torch's profiler tells the process number and the time of each start and stop
+            cell.outputs = [output for output in cell.outputs if "SyncActivityProfiler" not in output.get("text", "")]
     return book
 
 

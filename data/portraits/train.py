@@ -30,6 +30,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from obclip_core.metrics import ScorerNet
+from obclip_core.prompts import fill
 
 SETTINGS = tomllib.loads((HERE / "settings.toml").read_text(encoding="utf-8"))
 WEIGHTS, CURVES = HERE / "weights", HERE / "curves"
@@ -194,7 +195,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     rng, found = random.Random(0), set()
     for template in (t for kind in PROMPTS["templates"].values() for t in kind):
         for _ in range(300):
-            text = caption_of(template, {name: rng.choice(values) for name, values in VALUES.items()})
+            text = fill(template, {name: rng.choice(values) for name, values in VALUES.items()})
             found.update(word for word, _ in split.pre_tokenize_str(text.lower()))
     words = ["<|startoftext|>", "<|endoftext|>", "<unk>", *sorted(found)]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -211,12 +212,6 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         unk_token="<unk>",
     )
-
-
-def caption_of(template: str, values: dict[str, str]) -> str:
-    from obclip_core.prompts import fill
-
-    return fill(template, values)
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:

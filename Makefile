@@ -18,9 +18,10 @@ help: ## this text
 	@echo
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
 
-reproduce: env ## run the notebooks that are out of date, then write results/<preset>/report.md
+reproduce: env ## run the notebooks that are out of date, write results/<preset>/report.md, compare with the last commit
 	$(py) -m obclip_core.notebooks $(chosen)
 	$(py) -m obclip_core.report $(chosen)
+	@$(py) -m obclip_core.compare $(chosen)
 
 test: env ## lint, all tests, every notebook
 	$(py) -m ruff check .

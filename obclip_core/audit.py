@@ -1,8 +1,9 @@
 """Attacks on, and exact checks of, what the cloud sees: the bytes, not the idea.
 
-A transcript is everything that leaves the device in one request: a tuple of messages in order, each as bytes. The
-number of messages and their sizes are part of it. A client turns the text that a user typed into a distribution of
-transcripts (transcript -> probability). The cloud can tell two texts apart as far as their distributions differ:
+A transcript is everything that leaves the device in one request: a tuple of messages in order, each the envelope that
+travels (`envelope`). The number of calls, retries among them, and their sizes are part of it; what the cloud answers
+follows from what it was sent. A client turns the text that a user typed into a distribution of transcripts
+(transcript -> probability). The cloud can tell two texts apart as far as their distributions differ:
 
     advantage = max over pairs of the total variation distance      (0: nobody can do better than guessing)
     epsilon   = max over pairs and transcripts of the log ratio      (must not exceed what the mechanism promises)
@@ -17,12 +18,14 @@ import json
 import math
 import random as random_module
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from random import Random
 
 import numpy as np
 
 from . import privacy
+from .accelerate import Schedule
+from .messages import Offer, Split
 from .privacy import Mechanism, Offered
 from .prompts import (
     ATTRIBUTES,
@@ -39,16 +42,13 @@ from .prompts import (
     real_index,
     render,
 )
+from .service import wire
 
 Transcript = tuple[bytes, ...]
 Client = Callable[[str], Mapping[Transcript, float]]
 Serialise = Callable[[Mapping], bytes]
-SPLIT = {"T": 25, "k": 10, "first": "cloud"}
-
-
-def canonical_json(fields: Mapping) -> bytes:
-    """The plainest serialiser of an offer's fields: JSON with sorted keys."""
-    return json.dumps(fields, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
+OFFERED = frozenset(Offer.__dataclass_fields__)
+SPLIT = asdict(Split())
 
 
 def offer_fields(
@@ -58,9 +58,27 @@ def offer_fields(
     return {"candidates": list(texts), "seed": seed, "split": dict(split), "acceleration": acceleration}
 
 
+def canonical_json(fields: Mapping) -> bytes:
+    """Fields without an envelope: JSON with sorted keys."""
+    return json.dumps(fields, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
+
+
+def envelope(fields: Mapping) -> bytes:
+    """The bytes that travel: `wire.pack_offer` of an offer's fields, and behind it what else is sent (a mutant's header
+    or second request) as JSON; ValueError where the offer's fields make no Offer."""
+    own = {name: value for name, value in fields.items() if name in OFFERED}
+    beside = {name: value for name, value in fields.items() if name not in OFFERED}
+    return (_packed(**own) if own else b"") + (canonical_json(beside) if beside else b"")
+
+
+def _packed(candidates: Sequence[str], seed: int, split: Mapping, acceleration: Mapping | None) -> bytes:
+    schedule = None if acceleration is None else Schedule.from_dict(acceleration)
+    return wire.pack_offer(Offer(tuple(candidates), seed, Split(**split), schedule))
+
+
 def honest_client(
     mechanism: Callable[[int], Mechanism] = privacy.enumerate_all,
-    serialise: Serialise = canonical_json,
+    serialise: Serialise = envelope,
     protect: Iterable[str] = tuple(ATTRIBUTES),
 ) -> Client:
     """The client as it should be: parse, choose, send one serialised offer; mechanism makes a Mechanism for n."""
@@ -135,8 +153,12 @@ def exact_audit(client: Client, texts: Sequence[str], promised: float = 0.0) -> 
 
 def contains(first: str, second: str) -> Callable[[Transcript], Hashable]:
     """The feature that tells two candidates apart under a subset mechanism: which of the two texts were sent."""
-    quoted = [json.dumps(text).encode() for text in (first, second)]
-    return lambda transcript: tuple(any(text in message for message in transcript) for text in quoted)
+
+    def bare(text: bytes) -> bytes:
+        return text.replace(b"\\", b"")  # an envelope quotes its JSON once more
+
+    quoted = [bare(json.dumps(text).encode()) for text in (first, second)]
+    return lambda transcript: tuple(any(text in bare(message) for message in transcript) for text in quoted)
 
 
 def sampled_audit(
@@ -176,7 +198,7 @@ def sampled_audit(
     }
 
 
-def drawing_client(mechanism: Mechanism, serialise: Serialise = canonical_json) -> Callable[[str, Random], Transcript]:
+def drawing_client(mechanism: Mechanism, serialise: Serialise = envelope) -> Callable[[str, Random], Transcript]:
     """A client for `sampled_audit`: one transcript of a text, drawn with the given randomness."""
     known: dict[str, tuple[tuple[str, ...], int]] = {}
 
@@ -393,7 +415,8 @@ def _ordered_by_similarity(text: str, prompt: Prompt) -> Messages:
 
 
 def _real_as_pivot(text: str, prompt: Prompt) -> Messages:
-    return [(1.0, [_all(prompt) | {"acceleration": {"reuse": 3, "pivot": real_index(prompt)}}])]
+    schedule = Schedule(reuse=(0, 1, 2), pivot=real_index(prompt))
+    return [(1.0, [_all(prompt) | {"acceleration": schedule.to_dict()}])]
 
 
 def _spelling_kept(text: str, prompt: Prompt) -> Messages:
@@ -505,7 +528,7 @@ MUTANTS: Mapping[str, tuple[Callable[[str, Prompt], Messages], float]] = {
 }
 
 
-def mutant_client(name: str, serialise: Serialise = canonical_json) -> Client:
+def mutant_client(name: str, serialise: Serialise = envelope) -> Client:
     """A client with one seeded leak."""
     leak, _ = MUTANTS[name]
 
@@ -519,7 +542,7 @@ def mutant_client(name: str, serialise: Serialise = canonical_json) -> Client:
     return client
 
 
-def mutant_table(text: str = MUTANT_PROMPT, serialise: Serialise = canonical_json) -> list[dict]:
+def mutant_table(text: str = MUTANT_PROMPT, serialise: Serialise = envelope) -> list[dict]:
     """Rows of mutants.csv (mutant, found, advantage, epsilon, promised, distinguished): every seeded leak audited over
     all candidates of a prompt and their spellings. Two honest clients come first and must not be accused."""
     prompt = parse(text)
@@ -535,7 +558,7 @@ def mutant_table(text: str = MUTANT_PROMPT, serialise: Serialise = canonical_jso
     return rows
 
 
-def closure_table(texts: Iterable[str]) -> list[dict]:
+def closure_table(texts: Iterable[str], serialise: Serialise = envelope) -> list[dict]:
     """Rows (prompt, candidates, advantage): the exact audit of full enumeration over all candidates of each prompt;
     prompts that are refused have advantage 0 and no candidates, as nothing is sent."""
     rows = []
@@ -545,7 +568,7 @@ def closure_table(texts: Iterable[str]) -> list[dict]:
         except ValueError:
             rows.append({"prompt": text, "candidates": 0, "advantage": 0.0})
             continue
-        audit = exact_audit(honest_client(), candidates(prompt))
+        audit = exact_audit(honest_client(serialise=serialise), candidates(prompt))
         rows.append({"prompt": prompt.template, "candidates": prompt.count, "advantage": audit.advantage})
     return rows
 
@@ -554,5 +577,3 @@ def corpus() -> tuple[str, ...]:
     """The prompts of data/prompts/corpus.txt."""
     lines = (DATA / "corpus.txt").read_text(encoding="utf-8").splitlines()
     return tuple(line for line in lines if line and not line.startswith("#"))
-
-

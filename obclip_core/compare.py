@@ -64,7 +64,7 @@ def _cells(name: str, old: pd.DataFrame, new: pd.DataFrame) -> Iterator[tuple[in
 
 
 def _interval(table: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:
-    """The bounds beside a number, or of which it is itself one; missing ones, between which nothing lies, if none are."""
+    """The bounds beside a number, or of which it is itself one; where there are none, missing ones."""
     stem = re.sub(r"_?(low|high)$", "", column)
     for low, high in ((f"{stem}_low", f"{stem}_high"), ("low", "high")):
         if low in table and high in table:

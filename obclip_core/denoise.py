@@ -18,8 +18,8 @@ from obclip_core.messages import HandOver, Offer, Secret, Split
 from obclip_core.schedulers import config, draws, fresh, matching_shift, resume, state_of
 from obclip_core.worlds import Conditioning, World, condition
 
-__all__ = ["HandOver", "Offer", "Result", "Secret", "Split", "decode", "finish", "generate", "matching_shift", "noised",
-           "now", "run"]
+__all__ = ["HandOver", "Offer", "Result", "Secret", "Split", "accelerated", "decode", "draw_noise", "finish",
+           "generate", "matching_shift", "noised", "now", "run", "take_steps"]
 
 OnStep = Callable[[int, torch.Tensor], None]
 
@@ -45,7 +45,7 @@ def run(world: World, offer: Offer, *, start: HandOver | None = None, memory_lim
     split, N, first, plan = offer.split, offer.N, start.step if start else 0, _plan(offer)
     scheduler = fresh(world.schedulers[split.first], split.steps, first, world.torch_device)
     noise = torch.Generator("cpu").manual_seed(offer.seed)
-    z_T = scheduler.init_noise_sigma * _draw(world, noise)
+    z_T = scheduler.init_noise_sigma * draw_noise(world, noise)
     if start:
         start.check(world, split, step=first, N=1, mode="restart")
 
@@ -56,8 +56,8 @@ def run(world: World, offer: Offer, *, start: HandOver | None = None, memory_lim
         for part in plan.parts(steps) if plan else (_Whole(steps, tuple(range(N))),):
             text = condition(world, split.first, [offer.candidates[i] for i in part.asked])
             chunks = _chunks(unet, x[:len(part.asked)], text, memory_limit)
-            with _accelerated(offer.acceleration, unet, len(part.asked), text.guided) as at:
-                x = _denoise(unet, scheduler, part.steps, x, text, own, chunks, at, on_step, part)
+            with accelerated(offer.acceleration, unet, len(part.asked), text.guided) as at:
+                x = take_steps(unet, scheduler, part.steps, x, text, own, chunks, at, on_step, part)
 
     mode = _mode(world, split)
     state = state_of(scheduler, split.steps, split.k, x) if mode == "exact" else {}
@@ -81,12 +81,12 @@ def finish(world: World, offer: Offer, hand_over: HandOver, secret: Secret, *,
     scheduler = resume(fresh(world.schedulers[split.second], split.T, split.join, world.torch_device), picked.state)
     noise = torch.Generator("cpu").manual_seed(offer.seed)
     for _ in range(1 + split.k):  # pass over the first side's draws: z_T, and at most one a step
-        _draw(world, noise)
+        draw_noise(world, noise)
 
     x = picked.latents
     if steps := range(split.join, split.T):
         unet, text = world.unet(split.second), condition(world, split.second, [offer.candidates[secret.index]])
-        x = _denoise(unet, scheduler, steps, x, text, [noise], on_step=on_step)
+        x = take_steps(unet, scheduler, steps, x, text, [noise], on_step=on_step)
     return x
 
 
@@ -102,15 +102,20 @@ def decode(world: World, latents: torch.Tensor, chunk: int = 8) -> torch.Tensor:
 
 
 def generate(world: World, offer: Offer, secret: Secret, *, memory_limit: int | None = None) -> Result:
-    """Algorithm 1 as a whole, in one process: run, finish, decode, with the seconds that the cloud and device took."""
+    """Algorithm 1 as a whole, in one process: run, finish, decode, with the seconds that the cloud and device took.
+
+    A cloud that takes no step is never asked: all seconds are then the device's.
+    """
     clock = [now(world)]
     hand_over = run(world, offer, memory_limit=memory_limit)
     clock.append(now(world))
     latent = finish(world, offer, hand_over, secret)
     clock.append(now(world))
     image = decode(world, latent)[0]
-    seconds = {offer.split.first: clock[1] - clock[0], offer.split.second: clock[2] - clock[1]}
-    seconds["device"] += now(world) - clock[2]
+    clock.append(now(world))
+    split, seconds = offer.split, {"cloud": 0.0, "device": 0.0}
+    for side, begin, end in zip((split.first, split.second, "device"), clock, clock[1:], strict=False):
+        seconds[side if split.cloud_steps else "device"] += end - begin
     return Result(image, latent, hand_over, seconds)
 
 
@@ -126,17 +131,20 @@ def noised(world: World, picture: torch.Tensor, split: Split, step: int, seed: i
     own.seed() if seed is None else own.manual_seed(seed)
     x = vae.encode(picture.to(world.torch_device, vae.dtype) * 2 - 1).latent_dist.mean
     x = (x - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
-    x = scheduler.add_noise(x.to(world.dtype), _draw(world, own), scheduler.timesteps[step:step + 1])
+    x = scheduler.add_noise(x.to(world.dtype), draw_noise(world, own), scheduler.timesteps[step:step + 1])
     return HandOver(x, step, split.steps, config(scheduler), mode="restart")
 
 
-def _denoise(unet: Any, scheduler: Any, steps: range, x: torch.Tensor, text: Conditioning,
-             noise: list[torch.Generator], chunks: tuple[slice, ...] = (slice(None),),
-             at: Any = lambda i, rows: nullcontext(), on_step: OnStep | None = None,
-             part: Any = None) -> torch.Tensor:
-    """The loop of Algorithm 1: the U-Net sees the candidates a chunk at a time, the scheduler steps all at once.
+def take_steps(unet: Any, scheduler: Any, steps: range, x: torch.Tensor, text: Conditioning,
+               noise: list[torch.Generator], chunks: tuple[slice, ...] = (slice(None),),
+               at: Any = lambda i, rows: nullcontext(), on_step: OnStep | None = None,
+               part: Any = None) -> torch.Tensor:
+    """The loop of Algorithm 1: the U-Net sees the latents a chunk at a time, the scheduler steps all at once.
 
-    A plan's ``part`` asks the U-Net about some of the rows only and composes the predictions of all from theirs.
+    Takes ``steps`` of the scheduler, which it changes, from latents x (N, C, h, w) to latents of the same shape, each
+    under its row of ``text``; a scheduler that draws does so from ``noise``, one generator a latent. ``at`` comes from
+    ``accelerated``, ``on_step`` is as in ``run``. A plan's ``part`` asks the U-Net about some of the rows only and
+    composes the predictions of all from theirs.
     """
     spread = getattr(part, "spread", None)
     see = getattr(at, "see", lambda z: None)
@@ -181,7 +189,8 @@ def _plan(offer: Offer) -> Any:
     return plan
 
 
-def _draw(world: World, noise: torch.Generator) -> torch.Tensor:
+def draw_noise(world: World, noise: torch.Generator) -> torch.Tensor:
+    """Gaussian noise (1, C, h, w) of the world's latents, drawn on the CPU: the same on every device."""
     return torch.randn(1, *world.shape, generator=noise, dtype=world.dtype).to(world.torch_device)
 
 
@@ -193,7 +202,8 @@ def _mode(world: World, split: Split) -> str:
 
 
 @contextmanager
-def _accelerated(schedule: Any, unet: Any, N: int, guided: bool) -> Iterator[Any]:
+def accelerated(schedule: Any, unet: Any, N: int, guided: bool) -> Iterator[Any]:
+    """The U-Net under a schedule (or None) for N candidates: a bracket around each of its calls, for ``take_steps``."""
     if schedule is None:
         yield lambda step, rows: nullcontext()
     else:

@@ -108,7 +108,19 @@ def picture_grid(
         axes.set(xlabel=column_title, ylabel=row_title)
         if title:
             figure.suptitle(title, fontsize="medium")
+        _make_room(figure)
     return figure
+
+
+def _make_room(figure: Figure) -> None:
+    """Enlarge the figure until no text reaches over its edges: how wide a text is, only its font knows."""
+    for _ in range(5):  # every size is laid out anew; once is mostly enough
+        figure.draw_without_rendering()
+        box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        over = np.maximum(0.0, [max(-box.x0, box.x1 - width), max(-box.y0, box.y1 - height)])
+        if not over.any():
+            return
+        figure.set_size_inches(*(figure.get_size_inches() + 2 * over + 0.02 * (over > 0)))
 
 
 def lines(

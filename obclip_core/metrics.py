@@ -229,7 +229,8 @@ class _FidelityInception(nn.Module):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
-            raise ValueError(f"{path} needs torch-fidelity: pip install torch-fidelity, or use the .pt file") from error
+            do = "pip install -e '.[inception]', or use the .pt file"
+            raise ValueError(f"{path} needs torch-fidelity: {do}") from error
         layers = ["2048", "logits_unbiased"]
         self.net = FeatureExtractorInceptionV3("inception-v3-compat", layers, feature_extractor_weights_path=str(path))
 
@@ -620,6 +621,11 @@ class Interval:
     high: float
     n: int
 
+    def row(self, name: str = "") -> dict[str, float]:
+        """Value and bounds as a table's columns: value, low, high, or those of a metric: name, name_low, name_high."""
+        keys = (name, f"{name}_low", f"{name}_high") if name else ("value", "low", "high")
+        return dict(zip(keys, (self.value, self.low, self.high), strict=True))
+
 
 def _resample(prompts: int, seed: int, resamples: int) -> np.ndarray:
     """Return how often each prompt is drawn (resamples, prompts)."""
@@ -723,33 +729,43 @@ def inception_score_ci(
 # Fairness
 
 
-def by_group(values, labels: Sequence, seed: int = 0) -> dict[object, Interval]:
-    """Return mean and interval of `values` (N,) for each label that two values or more have, e.g. by ethnicity."""
+def groups(values, labels: Sequence) -> dict[object, np.ndarray]:
+    """Return the `values` (N,) of each label that two values or more have, nan left out."""
     values, labels = np.asarray(values, dtype=float), np.asarray(labels)
     if values.shape != labels.shape:
         raise ValueError(f"{values.shape} values and {labels.shape} labels: expected one label a value")
-    told = ~np.isnan(values)
-    enough = [g for g in dict.fromkeys(labels.tolist()) if (told & (labels == g)).sum() > 1]
-    return {g: bootstrap_ci(values[labels == g], seed) for g in enough}
+    own = {g: values[(labels == g) & ~np.isnan(values)] for g in dict.fromkeys(labels.tolist())}
+    return {g: few for g, few in own.items() if len(few) > 1}
 
 
-def gap_ci(values, labels: Sequence, seed: int = 0, resamples: int = 2000, level: float = 0.95) -> Interval:
-    """Return the largest difference between group means, and its basic bootstrap interval (cut at 0).
+def by_group(values, labels: Sequence, seed: int = 0) -> dict[object, Interval]:
+    """Return mean and interval of `values` (N,) for each label that two values or more have, e.g. by ethnicity."""
+    return {g: bootstrap_ci(own, seed) for g, own in groups(values, labels).items()}
 
-    The largest of noisy differences is biased upwards; the basic interval moves against that bias.
+
+def gap_ci(values, labels: Sequence, level: float = 0.95) -> Interval:
+    """Return the largest difference between group means, and an interval that covers the largest true one.
+
+    The pair is picked after looking, so the bounds come from intervals of all pairs that hold at once (Bonferroni),
+    each Welch's with the degrees of freedom of the smallest group. 0/1 values get one of each in every group first, as
+    Agresti and Caffo do: groups in which all are right still leave a doubt. ValueError for fewer than two groups.
     """
-    groups = by_group(values, labels, seed)
-    if len(groups) < 2:
-        raise ValueError(f"{len(groups)} groups with two values or more: expected at least 2 for a gap")
-    values, labels = np.asarray(values, dtype=float), np.asarray(labels)
-    draws = []
-    for number, g in enumerate(groups):
-        own = values[(labels == g) & ~np.isnan(values)]
-        draws.append(_resample(len(own), seed + number, resamples) @ own / len(own))
-    means = [interval.value for interval in groups.values()]
-    gap = max(means) - min(means)
-    low, high = _ends(np.max(draws, axis=0) - np.min(draws, axis=0), level)
-    return Interval(gap, max(0.0, 2 * gap - high), max(0.0, 2 * gap - low), sum(i.n for i in groups.values()))
+    found = list(groups(values, labels).values())
+    if len(found) < 2:
+        raise ValueError(f"{len(found)} groups with two values or more: expected at least 2 for a gap")
+    means, n = np.array([own.mean() for own in found]), np.array([len(own) for own in found])
+    if np.isin(np.concatenate(found), (0.0, 1.0)).all():
+        centres, most = (means * n + 1) / (n + 2), 1.0
+        variances = centres * (1 - centres) / (n + 2)
+    else:
+        centres, most = means, np.inf
+        variances = np.array([own.var(ddof=1) for own in found]) / n
+    apart = np.abs(centres[:, None] - centres)
+    pairs = len(found) * (len(found) - 1) / 2
+    half = student.ppf(1 - (1 - level) / 2 / pairs, n.min() - 1) * np.sqrt(variances[:, None] + variances)
+    np.fill_diagonal(half, 0.0)
+    low, high = max(0.0, (apart - half).max()), min(most, (apart + half).max())
+    return Interval(float(np.ptp(means)), float(low), float(high), int(n.sum()))
 
 
 def attribute_distance(values: Mapping[str, str], pivot: Mapping[str, str]) -> int:

@@ -859,11 +859,15 @@ def edits(word: str) -> set[str]:
 
 def presidio(kinds: Mapping[str, str] = MappingProxyType({"NRP": "ethnicity", "AGE": "age"})) -> Detector:
     """Microsoft Presidio as a second detector (installed by the extra `presidio`): its entity kinds, by attribute."""
+    model = "python -m spacy download en_core_web_lg"
     try:
         from presidio_analyzer import AnalyzerEngine
     except ImportError as error:
-        raise PromptError("Presidio is not installed: pip install presidio-analyzer, with a spaCy model") from error
-    engine = AnalyzerEngine()
+        raise PromptError(f"Presidio is not installed: pip install -e '.[presidio]', then {model}") from error
+    try:
+        engine = AnalyzerEngine()
+    except (OSError, ValueError, SystemExit) as error:  # spaCy's download of a missing model exits when it fails
+        raise PromptError(f"Presidio's language model cannot be loaded or reached: {model}") from error
 
     def detect(text: str) -> list[tuple[str, str]]:
         found = engine.analyze(text=text, language="en", entities=list(kinds))

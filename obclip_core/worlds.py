@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import math
 import re
 import socket
@@ -168,6 +169,38 @@ def load(
         scorer=_beside(file, spec.get("scorer")),
         prompts=_beside(file, spec.get("prompts")),
     )
+
+
+def untrained(unet: str | Mapping[str, Any], torch_device: str | torch.device = "cpu") -> World:
+    """A cloud with random weights: it costs what the real one costs, and draws nothing.
+
+    ``unet`` is a name of data/paper/unets or a diffusers configuration. The text encoders are shallow and random as
+    well; there is no device and no VAE. float16 on a GPU, float32 elsewhere. WorldError for a name that is not there.
+    """
+    name = unet if isinstance(unet, str) else "unet"
+    if isinstance(unet, str):
+        file = DATA / "paper" / "unets" / f"{unet}.json"
+        if not file.is_file():
+            known = ", ".join(sorted(path.stem for path in file.parent.glob("*.json")))
+            raise WorldError(f"{unet!r} is no U-Net of the paper: use one of {known}")
+        unet = json.loads(file.read_text("utf-8"))
+    with torch.device(torch_device):
+        cloud = diffusers.UNet2DConditionModel.from_config(dict(unet))
+        config, sizes = cloud.config, (cloud.config.cross_attention_dim,)
+        if config.addition_embed_type == "text_time":  # SDXL: the states of two encoders, and the pooled one's beside
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            sizes = sizes[0] - pooled, pooled
+        models = zip((transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection), sizes, strict=False)
+        encoders = [model(transformers.CLIPTextConfig(hidden_size=size, intermediate_size=size, num_hidden_layers=2,
+                                                      num_attention_heads=1, projection_dim=size))
+                    for model, size in models]
+    words = transformers.AutoTokenizer.from_pretrained(DATA / "portraits" / "weights" / "tokenizer")
+    words.model_max_length = encoders[0].config.max_position_embeddings
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    ready = [(part.half() if cloud.device.type == "cuda" else part).eval().requires_grad_(False)
+             for part in (cloud, *encoders)]
+    return World(f"{name} with random weights", (words,) * len(encoders), tuple(ready[1:]), None, ready[0], None,
+                 {side: scheduler for side in SIDES}, dict.fromkeys(SIDES, 7.5))
 
 
 @torch.no_grad()

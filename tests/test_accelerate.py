@@ -14,8 +14,8 @@ from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProces
 from obclip_core import denoise
 from obclip_core.accelerate import LCM, NONE, PAPER_K5, PAPER_K10, Schedule, cache, deepcache, merge, reuse, skip, union
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 N, K, TOKENS = 3, 6, 7
-SMALL = dict(block_out_channels=(8, 16), norm_num_groups=4)
 KEEPING = {
     "cache": Schedule.points(K, 2, refresh=3, reuse=False), "skip": Schedule.points(K, s=2),
     "encoder": Schedule.every("encoder", K, 3), **{f"deepcache {m}": Schedule.every("deepcache", K, 3, branch=m)
@@ -23,18 +23,6 @@ KEEPING = {
 }
 ALL = {**KEEPING, "reuse": Schedule(reuse=(0, 1, 2)), "tgate": Schedule.gate(K, 3), "merge": Schedule(merge=(1, 2)),
        "paper": Schedule.points(K, 2, 3), "paper and gate": union([Schedule.points(K, 2, 3), Schedule.gate(K, 4)])}
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def unet():
-    torch.manual_seed(0)
-    return tiny.unet(**SMALL).eval()
 
 
 def batch(seed=0, n=N, branches=2, same=False):
@@ -102,7 +90,7 @@ def test_what_is_kept_is_what_would_have_been_computed(unet, name):
     assert torch.equal(walk(unet, KEEPING[name], still=True), walk(unet, NONE, still=True))
 
 
-@pytest.mark.parametrize("options", [dict(device=True, **SMALL), dict(layers_per_block=1, **SMALL,
+@pytest.mark.parametrize("options", [dict(device=True, **tiny.SMALL), dict(layers_per_block=1, **tiny.SMALL,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))])
 def test_other_unets_with_and_without_mid_block_and_attention(options):
     unet = tiny.unet(**options).eval()
@@ -154,7 +142,7 @@ def test_requests_in_threads_on_one_unet_do_not_meet(unet):
 
 
 def test_a_request_stays_in_its_brackets_and_on_its_unet(unet):
-    other = tiny.unet(**SMALL).eval()
+    other = tiny.unet(**tiny.SMALL).eval()
     z, text = batch()
     plain, others = walk(unet, NONE), other(z, 500, encoder_hidden_states=text).sample
     with Schedule(reuse=(0,)).applied(unet, candidates=N) as at:
@@ -225,7 +213,7 @@ def test_reuse_leaves_the_pivot_as_it_is_and_needs_its_chunk_first(unet):
 
 def test_cache_equals_pyramid_attention_broadcast(unet):
     ours = walk(unet, Schedule(cache=(1, 2, 4, 5)))
-    every = tiny.unet(**SMALL).eval()
+    every = tiny.unet(**tiny.SMALL).eval()
     every.load_state_dict(unet.state_dict())
     apply_pyramid_attention_broadcast(every, PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=3, cross_attention_block_skip_range=3,
@@ -304,7 +292,7 @@ def test_merge_averages_like_tokens_and_puts_them_back(unet):
 def test_merge_equals_tomesd(unet):
     tomesd = pytest.importorskip("tomesd")
     ours = walk(unet, Schedule(merge=(0,), merge_ratio=0.4), steps=1)
-    patched = tiny.unet(**SMALL).eval()
+    patched = tiny.unet(**tiny.SMALL).eval()
     patched.load_state_dict(unet.state_dict())
     tomesd.apply_patch(patched, ratio=0.4, use_rand=False)
     assert torch.allclose(walk(patched, NONE, steps=1), ours, atol=1e-5)
@@ -359,7 +347,7 @@ def test_wrong_uses_are_refused_by_name(unet):
     with pytest.raises(ValueError, match="Linear, expected a UNet2DConditionModel"):
         with Schedule(cache=(1,)).applied(torch.nn.Linear(1, 1), candidates=1):
             pass
-    blind = tiny.unet(**SMALL, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    blind = tiny.unet(**tiny.SMALL, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
                       mid_block_type=None)
     for technique in ("cache", "reuse", "tgate", "merge"):
         with pytest.raises(ValueError, match=f"{technique} finds nothing to act on"):

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_accelerate import SMALL, batch, trace
+from test_accelerate import batch, trace
 from test_cost import TOKENS, counted
 
 from obclip_core import cost, denoise
 from obclip_core.accelerate import NONE, PAPER_K5, Schedule, branch, coarse, compose, share
-from obclip_core.audit import canonical_json, exact_audit, mutant_table, offer_fields, spellings
+from obclip_core.audit import envelope, exact_audit, mutant_table, offer_fields, spellings
 from obclip_core.denoise import Offer, Secret, Split, call_bytes, decode, finish, run
 from obclip_core.prompts import candidate_values, candidates, parse, real_index
 from obclip_core.service.wire import pack_hand_over, pack_offer, unpack_hand_over, unpack_offer
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 AXES = (3, 2)
 GRID = (3, 2, 5)
 MAIN = compose.composed(AXES)
@@ -34,18 +35,6 @@ PLANS = {
     "compose, share, caches": Schedule.points(5, 3, 3, share=SHARED.share, plan=MAIN),
     "tree, share, caches": Schedule.points(5, 3, 3, share=SHARED.share, plan=TREE),
 }
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def unet():
-    torch.manual_seed(0)
-    return tiny.unet(**SMALL).eval()
 
 
 def offer(schedule=None, T=8, k=5, **split):
@@ -263,7 +252,7 @@ def test_it_leaves_the_model_as_it_was_and_chunks_make_no_difference(tiny_world,
 
 @pytest.mark.parametrize("name", PLANS)
 def test_predicted_multiply_adds_are_those_counted(name):
-    schedule, net = PLANS[name], tiny.unet(**SMALL).eval()
+    schedule, net = PLANS[name], tiny.unet(**tiny.SMALL).eval()
     shape = cost.shape(net, tokens=TOKENS)
     parts = schedule.plan.parts(range(5)) if schedule.plan else (compose.Part(range(5), tuple(range(6)), (), None),)
     found = [count for part in parts for count in counted(net, schedule, part.steps, len(part.asked), len(part.asked))]
@@ -272,7 +261,7 @@ def test_predicted_multiply_adds_are_those_counted(name):
 
 
 def test_predicted_multiply_adds_with_chunks_reuse_and_a_shared_branch():
-    net = tiny.unet(**SMALL).eval()
+    net = tiny.unet(**tiny.SMALL).eval()
     shape, schedule = cost.shape(net, tokens=TOKENS), Schedule(reuse=(0, 1), share=(1,))
     seen = batch()[0][:3]
 
@@ -366,7 +355,8 @@ def test_every_seeded_leak_of_the_audit_is_found_beside_every_technique():
     schedule = TECHNIQUES["all, with the caches"]((3, 2), 0).to_dict()
 
     def serialise(fields):
-        return canonical_json({**fields, "acceleration": fields.get("acceleration") or schedule})
+        more = {"acceleration": fields["acceleration"] or schedule} if "candidates" in fields else {}
+        return envelope({**fields, **more})
 
     table = mutant_table(TEXT, serialise)
     assert [row["mutant"] for row in table if not row["found"]] == ["none (all candidates)", "none (subset)"]

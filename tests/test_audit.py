@@ -8,9 +8,12 @@ import math
 
 import numpy as np
 import pytest
+import tiny
 
-from obclip_core import audit, privacy
-from obclip_core.prompts import candidate_values, candidates, parse
+from obclip_core import audit, denoise, privacy
+from obclip_core.messages import Offer, Secret, Split
+from obclip_core.prompts import candidate_values, candidates, parse, real_index
+from obclip_core.service import wire
 
 TEXT = "an old woman in her garden"
 
@@ -46,6 +49,54 @@ def test_full_enumeration_gives_no_advantage_on_every_corpus_template():
     rows = audit.closure_table(audit.corpus())
     assert len(rows) >= 500 and max(row["advantage"] for row in rows) == 0
     assert sum(row["candidates"] == 0 for row in rows) <= 5
+
+
+def test_the_bytes_that_are_audited_are_the_envelopes_that_travel(monkeypatch):
+    sent = wire.pack_offer(Offer(candidates(TEXT), 0))
+    assert [audit.honest_client()(text) for text in audit.spellings(parse(TEXT))[:3]] == [{(sent,): 1.0}] * 3
+    first = audit.mutant_client("only its own latent fetched")(candidates(TEXT)[2])
+    assert list(first) == [(sent, b'{"fetch":2}')]
+    assert audit.drawing_client(privacy.enumerate_all(6))(TEXT, None) == (sent,)
+    counter = itertools.count()
+    monkeypatch.setattr(wire, "pack_offer", lambda offer: sent + bytes([next(counter)]))  # a leak in the packing
+    assert not audit.exact_audit(audit.honest_client(), candidates(TEXT)).holds
+    assert audit.closure_table([TEXT])[0]["advantage"] == 1
+
+
+def test_fields_that_make_no_offer_are_not_packed():
+    with pytest.raises(ValueError, match="offered twice"):
+        audit.envelope(audit.offer_fields(["a", "a"]))
+
+
+def seen_by_the_cloud(world, monkeypatch, times=lambda secret: 1):
+    """A client that makes the picture, and writes down each call of the cloud with the size of its answer."""
+    cloud = denoise.run
+
+    def client(text):
+        prompt, calls = parse(text), []
+
+        def run(world, offer, **options):
+            hand_over = cloud(world, offer, **options)
+            calls.extend((wire.pack_offer(offer), str(len(wire.pack_hand_over(hand_over))).encode()))
+            return hand_over
+
+        monkeypatch.setattr(denoise, "run", run)
+        offer, secret = Offer(candidates(prompt), 3, Split(4, 2)), Secret(real_index(prompt))
+        for _ in range(times(secret)):
+            denoise.generate(world, offer, secret)
+        return {tuple(calls): 1.0}
+
+    return client
+
+
+def test_the_cloud_is_called_once_and_answers_in_one_size_whichever_candidate_is_real(tiny_world, monkeypatch):
+    texts = candidates(parse(tiny.CANDIDATES[0]))
+    client = seen_by_the_cloud(tiny_world, monkeypatch)
+    assert len(texts) == 6 and [len(calls) for calls in client(texts[5])] == [2]
+    found = audit.exact_audit(client, texts)
+    assert found.holds and (found.advantage, found.transcripts) == (0, 1)
+    retries = seen_by_the_cloud(tiny_world, monkeypatch, lambda secret: 1 + (secret.index == 4))
+    assert not audit.exact_audit(retries, texts).holds
 
 
 def test_the_serialiser_is_an_argument_and_its_bytes_are_what_is_compared():

@@ -187,6 +187,9 @@ def test_client_first_is_the_mirror_of_cloud_first(tiny_world):
     assert torch.equal(ours.latent, theirs.latent)
     assert set(ours.seconds) == {"cloud", "device"} and min(ours.seconds.values()) > 0
     assert (Split(8, 3, first="device").cloud_steps, Split(8, 3).cloud_steps) == (5, 3)
+    for alone in (Split(8, 0), Split(8, 8, first="device")):
+        seconds = generate(tiny_world, Offer(ONE, 2, alone), Secret(0)).seconds
+        assert seconds["cloud"] == 0 < seconds["device"], "a device that works alone never asks the cloud"
 
 
 def test_each_half_has_only_its_own_model(tiny_world):

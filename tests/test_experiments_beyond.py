@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_experiments_cache_ablations import folder  # noqa: F401
 
 from obclip_core import cost, figures, sweep
 from obclip_core.accelerate import NONE, Schedule, compose
@@ -15,26 +14,16 @@ from obclip_core.experiments import beyond as study
 
 
 @pytest.fixture(scope="module")
-def world(folder):  # noqa: F811
-    return study.loaded(folder)
-
-
-@pytest.fixture(scope="module")
-def shape(world):
-    return study.shape_of(world)
-
-
-@pytest.fixture(scope="module")
-def measured(folder, shape):  # noqa: F811
+def measured(judged_world, shape):
     """Every method at N = 6 on two prompts, and the frontier of them."""
-    axes = study.grid(folder, 6)
-    cells = [study.Frontier(folder, method, 2, 2) for method in study.methods(axes, 5, 12, short=True)]
+    axes = study.grid(judged_world, 6)
+    cells = [study.Frontier(judged_world, method, 2, 2) for method in study.methods(axes, 5, 12, short=True)]
     results = [study.measure(cell) for cell in cells]
     return cells, results, study.frontier(shape, cells, results, np.random.default_rng(0).normal(size=(6, 8)), 12)
 
 
-def test_grids_are_those_of_the_prompt_sets(folder):  # noqa: F811
-    assert [study.grid(folder, N) for N in (2, 6, 30)] == [(2,), (3, 2), (3, 2, 5)]
+def test_grids_are_those_of_the_prompt_sets(judged_world):
+    assert [study.grid(judged_world, N) for N in (2, 6, 30)] == [(2,), (3, 2), (3, 2, 5)]
     assert all(wrong % 5 != i % 5 and wrong // 10 != i // 10 for i, wrong in enumerate(study.wrong((3, 2, 5))))
     assert study.chosen(30, 3) == (5, 15, 25) and study.chosen(2, 6) == (0, 1)
 
@@ -59,7 +48,7 @@ def test_on_stable_diffusion_the_targets_of_work_are_within_reach():
     assert 4 < paper < 6  # what this is about: the paper's own settings cost this many plain generations
 
 
-def test_finishing_in_batches_is_algorithm_1(world, folder):  # noqa: F811
+def test_finishing_in_batches_is_algorithm_1(world, judged_world):
     case = study.cases(world, "n6", 1)[0]
     plan = compose.composed((3, 2))
     for split, schedule in ((Split(12, 5), Schedule(plan=plan)), (Split(12, 2, cloud_T=8, shift=1), NONE)):
@@ -120,8 +109,8 @@ def test_verdicts_follow_from_the_numbers(measured):
     assert verdict(-1, 2, error=1.2) == "broken"
 
 
-def test_the_correction_is_measured_against_exact(folder):  # noqa: F811
-    cell = study.Gain(folder, 2, 2, (1.0, 3.0), 2)
+def test_the_correction_is_measured_against_exact(judged_world):
+    cell = study.Gain(judged_world, 2, 2, (1.0, 3.0), 2)
     result = study.corrected(cell)
     table = study.gain_table([cell], [{key: np.asarray(value) for key, value in result.items()}])
     assert list(table.correction) == ["none", "s = 1", "s = 3"]
@@ -143,8 +132,9 @@ def test_every_method_is_audited_and_seeded_leaks_are_found():
     assert set(table.method[table.expected]) == {method.name for method in study.methods((3, 2), 5)}
 
 
-def test_one_prompt_can_be_tried(folder, tmp_path):  # noqa: F811
-    tried = study.attempt(folder, "an old woman by the sea", Schedule(share=(0,), plan=compose.composed((3, 2))), k=3)
+def test_one_prompt_can_be_tried(judged_world, tmp_path):
+    schedule = Schedule(share=(0,), plan=compose.composed((3, 2)))
+    tried = study.attempt(judged_world, "an old woman by the sea", schedule, k=3)
     assert tried.pictures.shape[0] == 2 and list(tried.bill.trajectories) == [6, 4]
     assert tried.bill.cloud_work_ratio[1] < tried.bill.cloud_work_ratio[0]
 

@@ -3,55 +3,27 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 import torch
 
-from obclip_core import cost, figures, metrics
+from obclip_core import cost, figures, metrics, worlds
 from obclip_core.accelerate import NONE, PAPER_K5, PAPER_K10, Schedule
 from obclip_core.denoise import Offer, Split, run
 from obclip_core.experiments import cache_ablations as study
 from obclip_core.prompts import ATTRIBUTES
-from obclip_core.provenance import ROOT
-
-PROMPTS = tomllib.loads((ROOT / "data" / "prompts" / "portraits.toml").read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The tiny world with a scorer beside it."""
-    import tiny
-
-    folder = tiny.save(tmp_path_factory.mktemp("cache-ablations"))
-    heads = {name: list(values) for name, values in {**ATTRIBUTES, **PROMPTS["context"]}.items()}
-    torch.manual_seed(0)
-    metrics.ScorerNet({"heads": heads, "vocabulary": tiny.WORDS, "widths": [8, 8], "dim": 8, "layers": 1,
-                       "attention_heads": 2}).save(folder / "scorer")
-    file = folder / "world.toml"
-    file.write_text(file.read_text("utf-8").replace("T = 25\n", 'T = 12\nscorer = "./scorer"\n', 1), "utf-8")
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def world(folder):
-    return study.loaded(folder)
-
-
-@pytest.fixture(scope="module")
-def shape(world):
-    return study.shape_of(world)
-
-
-@pytest.fixture(scope="module")
-def measured(folder, shape):
+def measured(judged_world, shape):
     """A short ablation of two prompts: its lines, its results with distances, and reference features."""
     lines = study.variants(shape, r=(8,), pivots=(29,), short=True)
-    results = [study.quality(line.cell(folder, 2, 0)) for line in lines]
-    judge = metrics.scorer(study.loaded(folder))
+    results = [study.quality(line.cell(judged_world, 2, 0)) for line in lines]
+    judge = metrics.scorer(study.loaded(judged_world))
     return lines, study.with_distance(judge, lines, results), np.random.default_rng(0).normal(size=(6, 8))
 
 
@@ -61,7 +33,7 @@ def test_a_case_is_the_same_whatever_the_count_and_names_its_values(world):
         assert five[:2] == two and all(len(case.candidates) == len(set(case.candidates)) == N for case in five)
         assert study.cases(world, kind, 2, seed=1) != two
     case = five[0]
-    assert set(case.values[0]) == {*ATTRIBUTES, *PROMPTS["context"]}
+    assert set(case.values[0]) == {*ATTRIBUTES, *tiny.CONTEXT}
     assert case.values[case.index]["colour"] in case.candidates[case.index]
     assert case.apart(case.index) == 0 and max(map(case.apart, range(30))) == 3
     with pytest.raises(ValueError, match="'n7' is no prompt set"):
@@ -164,8 +136,8 @@ def test_a_promise_is_kept_broken_or_undecided(measured):
     assert set(zip(table.candidates[:2], table.k[:2], strict=True)) == {(30, 10), (6, 5)}
 
 
-def test_what_is_watched_is_what_the_unet_computes_and_nothing_stays(folder, world):
-    found = study.trajectory(study.Trajectory(folder, "n30", 0, 0))
+def test_what_is_watched_is_what_the_unet_computes_and_nothing_stays(judged_world, world):
+    found = study.trajectory(study.Trajectory(judged_world, "n30", 0, 0))
     assert found["cross"].shape == found["mid"].shape == (world.T - 1,) and (found["cross"] > 0).all()
     assert found["heat"].shape == (len(study.SHOWN), 2, len(study.WORDS), 8, 8)
     assert found["plain"].shape == found["centred"].shape == (len(study.SHOWN), 2, study.COMPONENTS, 64)
@@ -187,8 +159,8 @@ def test_what_is_watched_is_what_the_unet_computes_and_nothing_stays(folder, wor
     assert torch.allclose(seen[name][0], kept["map"].unflatten(0, (2, attn.heads))[1], atol=1e-5)
 
 
-def test_equal_candidates_would_share_all_components_and_strangers_fewer(folder):
-    results = [study.trajectory(study.Trajectory(folder, "n30", i, 0)) for i in range(2)]
+def test_equal_candidates_would_share_all_components_and_strangers_fewer(judged_world):
+    results = [study.trajectory(study.Trajectory(judged_world, "n30", i, 0)) for i in range(2)]
     steps = study.figure6(results, "tiny")
     assert list(steps.step[steps.part == "mid-block"]) == list(range(1, 12)) and (steps.low <= steps.high).all()
     table = study.figure9(results, "tiny")
@@ -207,15 +179,15 @@ def test_words_are_found_where_they_are_read(world):
 
 
 @pytest.mark.parametrize("technique", ["none", "cache", "skip", "cache+skip"])
-def test_kept_bytes_are_as_predicted_and_peaks_hold_them(folder, technique):
-    found = {N: study.memory(study.Memory(folder, N, technique)) for N in (2, 6)}
+def test_kept_bytes_are_as_predicted_and_peaks_hold_them(judged_world, technique):
+    found = {N: study.memory(study.Memory(judged_world, N, technique)) for N in (2, 6)}
     assert all(one["kept"] == one["kept_predicted"] for one in found.values())
     assert found[6]["kept"] == 3 * found[2]["kept"]
     assert all(one["peak"] > one["kept"] for one in found.values()) and found[6]["peak"] > 2 * found[2]["peak"]
 
 
-def test_seconds_come_with_what_was_predicted(folder, shape):
-    cell = study.Timing(folder, 2, 2, torch.get_num_threads())
+def test_seconds_come_with_what_was_predicted(judged_world, shape):
+    cell = study.Timing(judged_world, 2, 2, torch.get_num_threads())
     table = study.seconds_table(shape, [cell], [study.whole_runs(cell)])
     assert list(table.k) == [5, 10] and (table.low <= table.ratio).all() and (table.ratio <= table.high).all()
     assert table.macs_ratio.iloc[0] == cost.macs(shape, PAPER_K5, 5, 2) / cost.macs(shape, NONE, 5, 2)
@@ -233,8 +205,8 @@ def test_tables_of_the_paper_come_from_shapes():
     assert (bars.world == "sd14").all() and list(bars.on[:1]) == ["reuse"] and (bars.spent < bars.plain).all()
 
 
-def test_an_attempt_shows_both_pictures_and_its_bill(folder, shape):
-    found = study.attempt(folder, "a portrait of an old male person by the sea", Schedule.points(6, 2, 3), k=6)
+def test_an_attempt_shows_both_pictures_and_its_bill(judged_world, shape):
+    found = study.attempt(judged_world, "a portrait of an old male person by the sea", Schedule.points(6, 2, 3), k=6)
     assert found.pictures.shape == (2, 3, 32, 32) and not torch.equal(*found.pictures)
     bill = found.bill.set_index("what").value
     assert bill["candidates"] == 6
@@ -242,8 +214,8 @@ def test_an_attempt_shows_both_pictures_and_its_bill(folder, shape):
                                                                                                     candidates=6)
 
 
-def test_an_acceleration_leaves_no_trace(folder):
-    facts = study.untouched(folder)
+def test_an_acceleration_leaves_no_trace(judged_world):
+    facts = study.untouched(judged_world)
     assert len(facts) == 5 and all(facts.values()), facts
 
 
@@ -289,7 +261,7 @@ def test_verdicts_are_told_by_who_is_better(measured, shape):
     assert "cache+skip+reuse: " in study.tell_reuse(main, study.by_distance_to_pivot(lines, results))
 
 
-def test_every_figure_draws_its_table(folder, measured, shape):
+def test_every_figure_draws_its_table(judged_world, measured, shape):
     lines, results, real = measured
     table = study.ablation(shape, lines, results, real)
     rng = np.random.default_rng(0)
@@ -319,3 +291,18 @@ def test_every_figure_draws_its_table(folder, measured, shape):
     left, right = (line.get_xdata()[0] for line in drawn["steps"].axes[0].lines[-2:])
     assert (left, right) == (4, 6)
     assert [text.get_text() for text in drawn["bars"].axes[0].texts][0].startswith("-")
+
+
+def test_the_command_measures_a_world_and_refuses_what_is_none(capsys):
+    assert study.main(["portraits", "-N", "2", "--repeats", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["N = 2, k = 5", "N = 2, k = 10"]
+    assert study.main(["sd9"]) == 1 and "'sd9' is no U-Net of the paper" in capsys.readouterr().err
+
+
+def test_an_untrained_cloud_is_billed_and_run_as_a_world(monkeypatch):
+    make, config = worlds.untrained, dict(tiny.unet().config)
+    monkeypatch.setattr(worlds, "untrained", lambda name, device: make(config, device))
+    timing = study.Timing(f"{study.UNTRAINED}tiny", 2, 1, torch.get_num_threads())
+    table = study.seconds_table(study.shape_of(study.loaded(timing.world)), [timing], [study.whole_runs(timing)])
+    assert (table.ratio > 0).all() and table.macs_ratio.between(0, 1).all()

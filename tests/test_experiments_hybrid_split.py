@@ -10,31 +10,13 @@ import pytest
 import tiny
 import torch
 
-from obclip_core import metrics, prompts, worlds
+from obclip_core import worlds
 from obclip_core.accelerate import Schedule
 from obclip_core.denoise import Offer, Secret, Split, finish, run
 from obclip_core.experiments import hybrid_split as split
 from obclip_core.experiments.hybrid_split import noise, taken, walk
 
 TEXTS, SEEDS = tiny.CANDIDATES[:3], (5, 0, 9)
-
-
-@pytest.fixture(scope="module")
-def judged_world(tmp_path_factory):
-    """The folder of a tiny world with a distilled cloud, whose scorer knows the words of portraits' prompts."""
-    folder = tiny.save(tmp_path_factory.mktemp("judged"))
-    heads = {**{name: list(values) for name, values in prompts.ATTRIBUTES.items()}, **_context()}
-    metrics.ScorerNet({"heads": heads, "vocabulary": ["a"], "widths": [8, 8], "dim": 8, "layers": 1,
-                       "attention_heads": 1}).save(folder / "scorer")
-    text = (folder / "world.toml").read_text("utf-8")
-    (folder / "world.toml").write_text('scorer = "./scorer"\n' + text, "utf-8")
-    return str(folder)
-
-
-def _context():
-    import tomllib
-
-    return tomllib.loads((prompts.DATA / "portraits.toml").read_text("utf-8"))["context"]
 
 
 def apart(a, b):
@@ -173,6 +155,8 @@ def test_shifts_are_measured_as_in_table_4(judged_world):
     pairs = table[table.against.notna()]
     assert set(zip(pairs.method, pairs.against, strict=True)) == {
         ("obclip+cache shift=8", "obclip+cache shift=0"), ("obclip shift=8", "cloud-only")}
+    scored = table[table.metric == "inception_score"]
+    assert set(scored.method) == set(cells[0].methods) and (scored.value >= 1).all()
     found = split.shift_finding(table, 8).set_index("metric")
     assert set(found.best) <= {0, 8} and (found["derived is"] != "").all()
 

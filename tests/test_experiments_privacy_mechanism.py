@@ -166,6 +166,25 @@ def test_utility_at_the_ends_is_that_of_the_real_latent_and_privacy_that_of_the_
     assert accuracy.loc[("plain prompt", math.inf, "cloud alone")].value == pytest.approx(np.mean(own))
 
 
+def test_every_baseline_has_its_clip_score_beside_its_accuracy_with_an_interval_of_the_same_kind(scenes, results):
+    table = pm.utility_table(scenes, results, epsilons=(1, 1000))
+    keys = ["mechanism", "epsilon", "where"]
+    accuracy, fit = (table[table.metric == name].set_index(keys) for name in ("attribute_accuracy", "clip_score"))
+    assert list(accuracy.index) == list(fit.index) and (accuracy.n == fit.n).all()
+    families = ("plain prompt", "random replacement", "SANTEXT", "CAPE")
+    assert {(family, where) for family, _, where in fit.index} >= {
+        (family, where) for family in families for where in ("hybrid", "cloud alone")}
+    assert (fit.low <= fit.value).all() and (fit.value <= fit.high).all() and (fit.low < fit.high).all()
+    own = [r["fit_cloud"][x, x] for r in results for x in r["reals"]]
+    for name in (("plain prompt", math.inf, "cloud alone"), ("SANTEXT", 1000, "cloud alone")):
+        assert fit.value[name] == pytest.approx(np.mean(own))
+    blind = [r["fit_cloud"][x].mean() for r in results for x in r["reals"]]
+    assert fit.value["random replacement", 0, "cloud alone"] == pytest.approx(np.mean(blind))
+    told = pm.utility_findings(table)
+    assert all("CLIP score" in line for line in told)
+    assert f"CLIP score {fit.value['all candidates', 0, 'hybrid']:.3f}" in told[0]
+
+
 def test_every_system_of_table_1_has_a_row_and_only_cryptography_is_cited(scenes, results):
     utility = pm.utility_table(scenes, results)
     table = pm.systems_table(scenes[0], utility, pm.publication_table(scenes, results)).set_index("system")
@@ -173,6 +192,8 @@ def test_every_system_of_table_1_has_a_row_and_only_cryptography_is_cited(scenes
                                                      "HE-Diffusion"]
     assert table.guess[["ObCLIP", "Hybrid SD"]].tolist() == pytest.approx([1 / 6, 1])
     assert table.loc["ObCLIP"].cloud_gmacs == pytest.approx(6 * table.loc["Hybrid SD"].cloud_gmacs)
+    measured = table[table.source == "measured here"]
+    assert (measured.clip_low < measured.clip_score).all() and (measured.clip_score < measured.clip_high).all()
     cited = table[table.source != "measured here"]
     assert list(cited.index) == ["MPCViT", "HE-Diffusion"] and cited.attribute_accuracy.isna().all()
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 import torch
 
 from obclip_core import claims, cost, figures, metrics, notebooks, sweep
@@ -18,36 +18,20 @@ from obclip_core.experiments import quality_metrics as study
 from obclip_core.prompts import ATTRIBUTES, parse, real_index
 from obclip_core.provenance import ROOT
 
-PROMPTS = tomllib.loads((ROOT / "data" / "prompts" / "portraits.toml").read_text("utf-8"))
 rng = np.random.default_rng(0)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The tiny world of 12 steps with a scorer beside it."""
-    import tiny
-
-    folder = tiny.save(tmp_path_factory.mktemp("quality"))
-    heads = {name: list(values) for name, values in {**ATTRIBUTES, **PROMPTS["context"]}.items()}
-    torch.manual_seed(0)
-    metrics.ScorerNet({"heads": heads, "vocabulary": tiny.WORDS, "widths": [8, 8], "dim": 8, "layers": 1,
-                       "attention_heads": 2}).save(folder / "scorer")
-    file = folder / "world.toml"
-    file.write_text(file.read_text("utf-8").replace("T = 25\n", 'T = 12\nscorer = "./scorer"\n', 1), "utf-8")
-    return str(folder)
+def world(judged_world):
+    return study.loaded(judged_world)
 
 
 @pytest.fixture(scope="module")
-def world(folder):
-    return study.loaded(folder)
-
-
-@pytest.fixture(scope="module")
-def sets(folder):
+def sets(judged_world):
     """A few requests of each set, drawn: N -> (cells, results)."""
     found = {}
     for N, name in study.SETS.items():
-        cells = study.batches(folder, name, 3 if N == 30 else 2, block=2, shown=1, T=12)
+        cells = study.batches(judged_world, name, 3 if N == 30 else 2, block=2, shown=1, T=12)
         found[N] = cells, [study.batch(cell) for cell in cells]
     return found
 
@@ -59,30 +43,31 @@ def tables(sets, world):
     return {N: pd.concat([table, study.cost_rows(table, world, 12)], ignore_index=True) for N, table in made.items()}
 
 
-def test_requests_are_the_same_whatever_the_count_and_real_values_are_balanced(folder):
-    assert study.requests(folder, "n6", 5)[:2] == study.requests(folder, "n6", 2)
-    assert study.requests(folder, "n6", 2, 1) != study.requests(folder, "n6", 2)
+def test_requests_are_the_same_whatever_the_count_and_real_values_are_balanced(judged_world):
+    assert study.requests(judged_world, "n6", 5)[:2] == study.requests(judged_world, "n6", 2)
+    assert study.requests(judged_world, "n6", 2, 1) != study.requests(judged_world, "n6", 2)
     for N, name in study.SETS.items():
-        asked = study.requests(folder, name, 30)
+        asked = study.requests(judged_world, name, 30)
         assert {len(case.candidates) for case in asked} == {N}
         assert np.bincount([case.index for case in asked], minlength=N).tolist() == [30 // N] * N
         case = asked[7]
         assert real_index(parse(case.candidates[case.index])) == case.index
-        assert set(case.values[0]) == {*study.NAMED[name], *PROMPTS["context"]}
-    seeds = [case.seed for name in study.NAMED for seed in (0, 1) for case in study.requests(folder, name, 2, seed)]
+        assert set(case.values[0]) == {*study.NAMED[name], *tiny.CONTEXT}
+    seeds = [case.seed for name in study.NAMED for seed in (0, 1)
+             for case in study.requests(judged_world, name, 2, seed)]
     assert len(set(seeds)) == len(seeds)
     with pytest.raises(ValueError, match="'n7' is no prompt set"):
-        study.requests(folder, "n7", 1)
+        study.requests(judged_world, "n7", 1)
     with pytest.raises(ValueError, match="ks are"):
-        study.Batch(folder, "n6", 0, 1, ks=(7,))
+        study.Batch(judged_world, "n6", 0, 1, ks=(7,))
 
 
 @pytest.mark.parametrize("k", [5, 10])
-def test_every_system_draws_what_its_own_whole_offer_draws(sets, folder, world, k):
+def test_every_system_draws_what_its_own_whole_offer_draws(sets, judged_world, world, k):
     """Vanilla generation, Hybrid SD and ObCLIP with all N candidates, against what a cell drew on one or two."""
     judge, schedule = metrics.scorer(world), {5: PAPER_K5, 10: PAPER_K10}[k]
     cells, results = sets[6]
-    at, case = next((i, case) for i, case in enumerate(study.requests(folder, "n6", 2))
+    at, case = next((i, case) for i, case in enumerate(study.requests(judged_world, "n6", 2))
                     if case.index != schedule.pivot)  # so that reuse has something to share
     methods = list(cells[0].methods)
     own = (case.candidates[case.index],)
@@ -103,8 +88,8 @@ def test_every_system_draws_what_its_own_whole_offer_draws(sets, folder, world, 
     assert all(abs(a - b).max() > 1e-3 for i, a in enumerate(seen) for b in seen[:i])  # and they do differ
 
 
-def test_the_pivot_itself_is_what_the_caches_without_reuse_give_it(folder, world):
-    case = replace(study.requests(folder, "n2", 1)[0], index=0)
+def test_the_pivot_itself_is_what_the_caches_without_reuse_give_it(judged_world, world):
+    case = replace(study.requests(judged_world, "n2", 1)[0], index=0)
     whole = run(world, Offer(case.candidates, case.seed, Split(12, 10), PAPER_K10)).latents[:1]
     own = (case.candidates[0],)
     cached = run(world, Offer(own, case.seed, Split(12, 10), replace(PAPER_K10, reuse=()))).latents
@@ -112,19 +97,19 @@ def test_the_pivot_itself_is_what_the_caches_without_reuse_give_it(folder, world
     assert torch.allclose(study.pair(world, case, Split(12, 10), PAPER_K10).latents, whole, atol=1e-5)
 
 
-def test_hand_overs_taken_apart_and_put_together_are_the_same(folder, world):
-    asked = study.requests(folder, "n2", 3)
+def test_hand_overs_taken_apart_and_put_together_are_the_same(judged_world, world):
+    asked = study.requests(judged_world, "n2", 3)
     texts, seeds = [case.candidates[case.index] for case in asked], [case.seed for case in asked]
     given = study.walk(world, "cloud", texts, seeds, study.noise(world, "cloud", 12, seeds), [5])[5]
-    back = study.together([study.alone(given, i) for i in range(3)])
+    back = study.together([given.pick(Secret(i)) for i in range(3)])
     assert torch.equal(back.latents, given.latents) and back.state.keys() == given.state.keys()
     one = study.walk(world, "device", texts, seeds, back, [12])[12].latents
     assert torch.equal(one, study.walk(world, "device", texts, seeds, given, [12])[12].latents)
 
 
-def test_a_cell_takes_as_many_steps_as_it_says(folder, world):
-    first = next(i for i, case in enumerate(study.requests(folder, "n6", 5)) if case.index)  # reuse at its most
-    cell, counted = study.Batch(folder, "n6", first, 1, T=12), {"cloud": 0, "device": 0}
+def test_a_cell_takes_as_many_steps_as_it_says(judged_world, world):
+    first = next(i for i, case in enumerate(study.requests(judged_world, "n6", 5)) if case.index)  # reuse at its most
+    cell, counted = study.Batch(judged_world, "n6", first, 1, T=12), {"cloud": 0, "device": 0}
 
     def counts(side):
         def call(module, args):
@@ -186,14 +171,14 @@ def test_work_is_that_of_the_shapes(tables, world):
     assert bill["device-only", 0, "cloud_tflops"] == 0 < bill["device-only", 0, "device_tflops"]
 
 
-def test_claims_are_decided_on_these_tables(tables, folder, tmp_path):
+def test_claims_are_decided_on_these_tables(tables, judged_world, tmp_path):
     (tmp_path / "tables").mkdir()
     sweep.save_table(pd.concat([tables[2], tables[6]]), "table2", tmp_path)
     sweep.save_table(tables[1], "table3", tmp_path)
     sweep.save_table(tables[30], "table6", tmp_path)
     asked = [claim for claim in claims.load() if claim.table in ("table2", "table3", "table6")
              and claim.where.get("metric") != "cloud_latency_s"]
-    rows = claims.evaluate(tmp_path, asked, world=folder)
+    rows = claims.evaluate(tmp_path, asked, world=judged_world)
     assert len(rows) > 10
     lacking = ("no such row", "no column", "no number in", "no table")
     assert not [row.why for row in rows if any(words in row.why for words in lacking)]
@@ -259,11 +244,11 @@ def test_each_fault_does_what_it_says():
     assert 0.01 < (noisy - images).abs().mean() < 0.1
 
 
-def test_faults_of_a_world_without_drawings_are_done_to_its_own_pictures(folder):
-    found = study.faults(study.Faults(folder, 8))
+def test_faults_of_a_world_without_drawings_are_done_to_its_own_pictures(judged_world):
+    found = study.faults(study.Faults(judged_world, 8))
     assert found["features"].shape == (len(study.FAULTS), 8, 8)
     with pytest.raises(ValueError, match="count is 6, expected a multiple of 4"):
-        study.Faults(folder, 6)
+        study.Faults(judged_world, 6)
     assert found["pictures"].shape[:2] == (len(study.FAULTS), 3)
 
 
@@ -283,9 +268,9 @@ def made_up(found, asked, method_count):
             "features": np.zeros((method_count, len(asked), 2)), "pictures": np.zeros((method_count, 0, 3, 4, 4))}
 
 
-def test_fairness_finds_a_value_that_acceleration_spoils_and_reuse_that_drags_to_the_pivot(folder):
-    cells = study.batches(folder, "n30", 60, T=12)
-    asked, methods = study.requests(folder, "n30", 60), list(cells[0].methods)
+def test_fairness_finds_a_value_that_acceleration_spoils_and_reuse_that_drags_to_the_pivot(judged_world):
+    cells = study.batches(judged_world, "n30", 60, T=12)
+    asked, methods = study.requests(judged_world, "n30", 60), list(cells[0].methods)
     real = np.array([[ATTRIBUTES[name].index(case.values[case.index][name]) for name in ATTRIBUTES] for case in asked])
     pivot = np.array([[ATTRIBUTES[name].index(case.values[0][name]) for name in ATTRIBUTES] for case in asked])
     found = np.stack([real] * len(methods))
@@ -352,8 +337,8 @@ def test_overhead_is_detecting_and_sending_over_the_rest(timed):
     assert claim.column in table and claim.where["link"] in set(table.link)
 
 
-def test_seconds_alone_are_measured_for_every_part(folder):
-    found = study.seconds_alone(study.Alone(folder, 2, 1))
+def test_seconds_alone_are_measured_for_every_part(judged_world):
+    found = study.seconds_alone(study.Alone(judged_world, 2, 1))
     assert set(found) == {"detect", "cloud", "device", "decode"}
     assert all(len(values) == 2 and (values > 0).all() for values in found.values())
 
@@ -401,8 +386,8 @@ def test_sentences_tell_better_from_worse(tables):
     assert study.tell_differences(tables[6], "device-only").count("N = 6") == 3
 
 
-def test_one_prompt_by_every_system(folder):
-    images, told = study.compare(folder, "a portrait of a young male person by the sea", k=5)
+def test_one_prompt_by_every_system(judged_world):
+    images, told = study.compare(judged_world, "a portrait of a young male person by the sea", k=5)
     assert images.shape[:2] == (4, 3) and list(told.index) == ["cloud-only", "obclip", "obclip+cache+reuse",
                                                                "device-only"]
     assert told.perceptual_distance["cloud-only"] == 0 and told.perceptual_distance["device-only"] > 0

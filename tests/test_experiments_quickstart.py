@@ -33,6 +33,7 @@ def test_the_systems_differ_where_they_should(compared):
         assert (images[one] - images[other]).abs().max() > 1e-4, f"{one} and {other} give one picture"
     assert bill.cloud_gmacs["ObCLIP + caches"] < bill.cloud_gmacs["ObCLIP"]
     assert bill.cloud_gmacs["device-only"] == bill.bytes_up["device-only"] == bill.bytes_down["device-only"] == 0
+    assert bill.cloud_seconds["device-only"] == 0 < bill.cloud_seconds.drop("device-only").min()
     assert bill.device_gmacs["cloud-only"] == 0 and bill.bytes_down["ObCLIP"] > bill.bytes_down["Hybrid SD"]
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from matplotlib import rcParams
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 
 from obclip_core import figures
 from obclip_core.figures import save_figure
@@ -49,6 +50,23 @@ def test_the_same_data_is_the_same_bytes(name, tmp_path):
     again = save_figure(dict(all_figures())[name], name, tmp_path).path.read_bytes()
     assert first == again and first.startswith(b"\x89PNG") and b"Software" not in first
     assert 0 < len(first) < 100_000
+
+
+@pytest.mark.parametrize("rows, columns, options", [
+    (["a photo of a\nyoung woman\nin the park"] * 2, "xyz", {}),
+    (["one long label here\nb\nc"] * 3, "xy", {"inch": 0.4}),
+    (["a"] * 2, ["a long\nlabel of\nthree lines"] * 3, {"title": "a title wider than all the pictures below it " * 2}),
+])
+def test_no_label_of_a_grid_reaches_over_the_edge(rows, columns, options):
+    figure = figures.picture_grid(PICTURES.reshape(6, 3, 8, 8), rows, columns, **options)
+    with figures.styled():
+        figure.draw_without_rendering()
+        axes, edge = figure.axes[0], figure.bbox
+        texts = [*axes.get_xticklabels(), *axes.get_yticklabels(), *figure.findobj(Text)]
+        boxes = [text.get_window_extent() for text in texts if text.get_text()]
+    assert len(boxes) >= 5
+    for box in boxes:
+        assert edge.x0 <= box.x0 and box.x1 <= edge.x1 and edge.y0 <= box.y0 and box.y1 <= edge.y1
 
 
 @pytest.mark.parametrize("kind", ["svg", "pdf"])

@@ -183,7 +183,8 @@ def test_an_unknown_parameter_of_make_is_an_error_before_anything_runs(machine, 
 def test_parameters_reach_the_runner_and_the_report(machine):
     _, said, calls = start(machine, "make reproduce PRESET=full WORLD=sd14-bk-small SEED=3")
     wanted = "--preset full --world sd14-bk-small --seed 3"
-    assert f"-m obclip_core.notebooks {wanted}" in calls and calls[-1] == f"-m obclip_core.report {wanted}", said
+    modules = ("notebooks", "report", "compare")
+    assert calls[-3:] == [f"-m obclip_core.{module} {wanted}" for module in modules], said
 
 
 def test_the_last_words_of_the_tests_are_those_of_pytest():

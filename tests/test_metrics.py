@@ -387,6 +387,23 @@ def test_groups_and_their_gap():
     assert equal.low == 0.0
     with pytest.raises(ValueError, match="at least 2 for a gap"):
         metrics.gap_ci([1.0, 2.0], ["a", "a"])
+    right = metrics.gap_ci(np.ones(20), np.tile(["a", "b"], 10))
+    assert right.value == right.low == 0.0 and 0.2 < right.high < 0.6, "ten of ten are not a whole population"
+
+
+def test_the_interval_of_a_gap_covers_the_true_one_though_the_largest_is_picked():
+    rng, labels = np.random.default_rng(1), np.repeat(np.arange(5), 12)
+    shares = np.array([0.2, 0.9, 0.9, 0.9, 0.9])[labels]
+    for what, draw, true, sure in (
+        ("equal shares", lambda: rng.random(60) < 0.5, 0.0, False),
+        ("equal means", lambda: rng.standard_normal(60) * (1 + labels), 0.0, False),
+        ("one share less", lambda: rng.random(60) < shares, 0.7, True),
+        ("one mean more", lambda: rng.standard_normal(60) + 2 * (labels == 0), 2.0, True),
+    ):
+        found = [metrics.gap_ci(draw(), labels) for _ in range(400)]
+        assert np.mean([gap.low <= true <= gap.high for gap in found]) >= 0.95, what
+        assert all(gap.low <= gap.value <= gap.high for gap in found), what
+        assert not sure or np.mean([gap.low > 0 for gap in found]) > 0.8, what
 
 
 def test_distance_from_the_pivot():

@@ -54,6 +54,17 @@ def test_every_value_of_every_word_is_drawn():
         assert picture.shape == (64, 64, 3) and picture.std() > 20
 
 
+def test_what_another_garment_changes_lies_where_the_weights_say():
+    for seed in range(12):
+        values = pictures.record(seed)
+        other = {**values, "garment": "apron" if values["garment"] == "hoodie" else "hoodie"}
+        change = np.abs(draw.draw(values, seed).astype(int) - draw.draw(other, seed)).mean(2)
+        change = change.reshape(16, 4, 16, 4).mean((1, 3))
+        weights = draw.where_words_show(values, seed, 16)
+        assert 0 == weights.min() < weights.max() <= 1
+        assert change[weights > 0].sum() >= 0.75 * change.sum() > 0
+
+
 def test_an_unknown_place_is_refused_by_name():
     with pytest.raises(ValueError, match="on the moon"):
         draw.background(random.Random(0), "on the moon")
@@ -107,7 +118,8 @@ def test_the_device_is_a_block_removed_student_of_the_cloud(world):
     cloud, device = world.cloud, world.device
     assert 8e6 <= sum(p.numel() for p in cloud.parameters()) <= 20e6
     assert cloud.mid_block is not None and device.mid_block is None
-    assert device.config.layers_per_block < cloud.config.layers_per_block
+    blocks = [sum(type(part).__name__ == "ResnetBlock2D" for part in unet.modules()) for unet in (device, cloud)]
+    assert blocks[0] < blocks[1]
     tokens = world.text_encoders[0].config.max_position_embeddings
     macs = [cost.step_macs(cost.shape(unet, tokens=tokens)) for unet in (device, cloud)]
     assert macs[0] / macs[1] <= 0.40

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+import random
+import re
+import sys
+import tomllib
+from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
+import torch
 
-from obclip_core import privacy
+from obclip_core import privacy, prompts
 from obclip_core.prompts import candidate_values, parse, real_index
 
 SKEWED = np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
@@ -109,6 +117,16 @@ def test_a_miss_takes_the_nearest_candidate_and_never_asks_again():
         assert len(choice.texts) == 2 and choice.hit == (choice.texts[choice.index] == prompt.text)
 
 
+def test_seeds_of_the_experiment_do_not_decide_what_is_offered():
+    prompt, mechanism, seen = parse(PROMPT), privacy.subset(6, 3, 1.0), set()
+    for _ in range(40):
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        seen.add(privacy.choose(prompt, mechanism).offered)
+    assert len(seen) > 5
+
+
 def test_permanent_answers_repeat_for_one_user_and_differ_between_users_and_prompts():
     prompt, mechanism = parse(PROMPT), privacy.subset(6, 3, 1.0)
     draw = lambda key, p: privacy.choose(p, mechanism, privacy.permanent_random(key, p)).offered  # noqa: E731
@@ -171,3 +189,52 @@ def test_tables_have_their_columns_and_agree_with_the_mechanisms():
     after = privacy.posterior_table(6, SKEWED, [privacy.enumerate_all(6), privacy.subset(6, 2, 1.0)])
     assert all(row["prior"] == row["posterior"] for row in after[:6])
     assert sum(row["posterior"] for row in after[6:]) == pytest.approx(1)
+
+
+# ------------------------------------------------------------------------------- what is optional, and how it is missed
+
+PYPROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
+
+
+def test_extras_are_exact_pins_and_never_installed_by_default():
+    assert all(re.fullmatch(r"[a-z-]+==[\d.]+", pin) for pins in EXTRAS.values() for pin in pins)
+    assert "dependencies" not in PYPROJECT["project"]
+    default = (Path(__file__).parent.parent / "requirements.txt").read_text(encoding="utf-8")
+    assert not [pin for pins in EXTRAS.values() for pin in pins if pin.split("==")[0] in default]
+
+
+def test_a_detector_that_is_not_installed_names_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
+    with pytest.raises(prompts.PromptError, match="not installed") as refusal:
+        prompts.presidio()
+    (extra,) = re.findall(r"pip install -e '\.\[(\w+)\]'", str(refusal.value))
+    assert extra in EXTRAS
+
+
+@pytest.mark.parametrize("error", [OSError("no network"), SystemExit(1)])
+def test_a_language_model_that_cannot_be_reached_is_a_sentence(monkeypatch, error):
+    def engine():
+        raise error
+
+    monkeypatch.setitem(sys.modules, "presidio_analyzer", SimpleNamespace(AnalyzerEngine=engine))
+    with pytest.raises(prompts.PromptError, match="cannot be loaded or reached: python -m spacy download"):
+        prompts.presidio()
+
+
+def test_an_installed_detector_asks_about_what_it_finds(monkeypatch):
+    entity = SimpleNamespace(entity_type="NRP", start=2, end=9)
+    engine = SimpleNamespace(analyze=lambda text, language, entities: [entity])
+    monkeypatch.setitem(sys.modules, "presidio_analyzer", SimpleNamespace(AnalyzerEngine=lambda: engine))
+    with pytest.raises(prompts.Question, match="martian"):
+        parse("a martian woman", detectors=(prompts.presidio(),))
+
+
+@pytest.mark.parametrize("what", ["no folder", "empty folder", "no model in it", "hub id out of reach"])
+def test_a_token_classifier_that_cannot_be_reached_is_a_sentence(tmp_path, monkeypatch, what):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    if what == "no model in it":
+        (tmp_path / "config.json").write_text('{"model_type": "distilbert"}', encoding="utf-8")
+    name = {"no folder": str(tmp_path / "none"), "hub id out of reach": "nobody/no-such-model"}.get(what, str(tmp_path))
+    with pytest.raises(prompts.PromptError, match="give a folder that holds one, or a hub id"):
+        prompts.token_classifier(name, {"AGE": "age"})

@@ -11,7 +11,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from obclip_core import worlds
+from obclip_core import denoise, worlds
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +161,17 @@ def test_missing_weights_are_refused_and_not_drawn_at_random(folder, tmp_path, p
     save_file(kept, weights, {"format": "pt"})
     with pytest.raises(worlds.WorldError, match="no weights for"):
         worlds.load(broken)
+
+
+@pytest.mark.parametrize("sdxl", [False, True])
+def test_a_cloud_with_random_weights_runs_as_a_real_one_does(sdxl):
+    cloud = worlds.untrained(dict(tiny.unet(sdxl).config))
+    handed = denoise.run(cloud, denoise.Offer(tiny.CANDIDATES[:2], seed=0, split=denoise.Split(T=4, k=2)))
+    assert handed.latents.shape == (2, 4, 8, 8) and handed.latents.isfinite().all()
+    with pytest.raises(worlds.WorldError, match="has no device"):
+        cloud.unet("device")
+
+
+def test_an_unknown_architecture_is_refused_by_name():
+    with pytest.raises(worlds.WorldError, match="'sd9' is no U-Net of the paper: use one of bk-sdm-small"):
+        worlds.untrained("sd9")

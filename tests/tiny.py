@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import torch
@@ -9,13 +10,18 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditio
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from obclip_core import worlds
+from obclip_core import metrics, worlds
+from obclip_core.prompts import ATTRIBUTES, DATA
 
 WORDS = """a an photo portrait of the young middle aged old male female caucasian african asian indian european man
 woman person smiling happy serious wearing red blue green scarf hat glasses coat by sea in garden park city with his her
 their hair eyes standing at beach night library""".split()
 CANDIDATES = tuple(f"a portrait of a {age} {gender} person by the sea"
                    for age in ("young", "middle-aged", "old") for gender in ("male", "female"))
+
+
+SMALL = dict(block_out_channels=(8, 16), norm_num_groups=4)  # of a U-Net alone, where many are made
+CONTEXT = tomllib.loads((DATA / "portraits.toml").read_text("utf-8"))["context"]
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -93,6 +99,19 @@ scheduler = {{ source = "./scheduler", class = "LCMScheduler" }}
 unet = "./device"
 """, "utf-8")
     return folder
+
+
+def save_judged(folder: Path, T: int = 12) -> str:
+    """A world of T steps with a scorer beside it, which knows the words of portraits' prompts: its folder."""
+    save(folder)
+    heads = {name: list(values) for name, values in {**ATTRIBUTES, **CONTEXT}.items()}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        metrics.ScorerNet({"heads": heads, "vocabulary": WORDS, "widths": [8, 8], "dim": 8, "layers": 1,
+                           "attention_heads": 2}).save(folder / "scorer")
+    file = folder / "world.toml"
+    file.write_text(file.read_text("utf-8").replace("T = 25\n", f'T = {T}\nscorer = "./scorer"\n', 1), "utf-8")
+    return str(folder)
 
 
 def world(folder: Path, **options) -> worlds.World:

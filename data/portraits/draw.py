@@ -131,9 +131,8 @@ def wrinkles(rng: random.Random, age: str) -> str:
     )
 
 
-def draw_svg(values: dict[str, str], seed: int) -> str:
-    """The SVG of one picture of these attribute and context values; `seed` decides everything that no word names."""
-    rng = random.Random(seed)
+def _figure(values: dict[str, str], rng: random.Random) -> tuple[pa.Avatar, str]:
+    """The avatar of these values and its SVG transform in the picture."""
     age, gender, ethnicity = values["age"], values["gender"], values["ethnicity"]
     hair = rng.choice(GREY) if age == "old" else rng.choice(HAIR[ethnicity])
     mouths, eyes, brows = MOOD[values["mood"]]
@@ -153,8 +152,7 @@ def draw_svg(values: dict[str, str], seed: int) -> str:
         eyes=pa.EyeType[rng.choice(eyes)],
         eyebrows=pa.EyebrowType[rng.choice(brows)],
         nose=pa.NoseType[rng.choice(("DEFAULT", "SMALL", "WIDE"))],
-    ).render()
-    body = avatar[avatar.index("<svg") :]
+    )
     dx, lean = POSE[ethnicity]
     scale = SCALE[age] * rng.uniform(0.96, 1.04) * SIZE / 280
     x, turn = 32 + dx + rng.uniform(-1.5, 1.5), lean + rng.uniform(-2.5, 2.5)
@@ -163,14 +161,39 @@ def draw_svg(values: dict[str, str], seed: int) -> str:
         f"translate({x:.2f},{SIZE + 3:.2f}) rotate({turn:.2f}) "
         f"scale({scale * rng.uniform(0.97, 1.03):.4f},{scale:.4f}) translate(-132,-280)"
     )
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="0 0 {SIZE} {SIZE}">'
-        f'{background(rng, values["place"])}<g transform="{place}">{body}{wrinkles(rng, age)}</g></svg>'
-    )
+    return avatar, place
+
+
+def _canvas(shapes: str) -> str:
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {names} viewBox="0 0 {SIZE} {SIZE}">{shapes}</svg>'
+
+
+def draw_svg(values: dict[str, str], seed: int) -> str:
+    """The SVG of one picture of these attribute and context values; `seed` decides everything that no word names."""
+    rng = random.Random(seed)
+    avatar, place = _figure(values, rng)
+    body = avatar.render()
+    body = body[body.index("<svg") :]
+    behind = background(rng, values["place"])
+    return _canvas(f'{behind}<g transform="{place}">{body}{wrinkles(rng, values["age"])}</g>')
+
+
+def _pixels(svg: str, size: int) -> np.ndarray:
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+    return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
 
 
 def draw(values: dict[str, str], seed: int) -> np.ndarray:
     """One picture, (64, 64, 3) uint8."""
-    png = resvg_py.svg_to_bytes(svg_string=draw_svg(values, seed), width=SIZE, height=SIZE, skip_system_fonts=True)
-    return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
+    return _pixels(draw_svg(values, seed), SIZE)
+
+
+def where_words_show(values: dict[str, str], seed: int, size: int) -> np.ndarray:
+    """Where this picture shows its mood (1: brows, eyes and mouth) and its garment (0.5), (size, size) in [0, 1]."""
+    _, place = _figure(values, random.Random(seed))
+    face = '<ellipse cx="132" cy="132" rx="46" ry="50" fill="#fff"/>'
+    garment = '<rect x="56" y="186" width="152" height="94" fill="#808080"/>'
+    black = f'<rect width="{SIZE}" height="{SIZE}"/>'
+    large = _pixels(_canvas(f'{black}<g transform="{place}">{face}{garment}</g>'), SIZE)[:, :, 0] / 255
+    return large.reshape(size, SIZE // size, size, SIZE // size).mean((1, 3))

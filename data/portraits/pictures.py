@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import random
 import tomllib
+from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from draw import SIZE, draw
+from draw import SIZE, draw, where_words_show
 from tqdm import tqdm
 
 from obclip_core.prompts import ATTRIBUTES, fill
@@ -44,17 +45,30 @@ def _draw(first: int, i: int) -> np.ndarray:
     return draw(record(first + i), first + i)
 
 
-def pictures(part: str, count: int, workers: int = 2) -> tuple[np.ndarray, list[dict[str, str]]]:
-    """Pictures (count, 64, 64, 3) uint8 and their values, of one part; drawn once, then read from the cache."""
-    first, path = FIRST_SEED[part], CACHE / f"{part}-{count}.npy"
+def _weights(first: int, i: int) -> np.ndarray:
+    return where_words_show(record(first + i), first + i, SIZE // 4).astype(np.float16)
+
+
+def _made_once(path: Path, one: Callable[[int], np.ndarray], count: int, workers: int = 2) -> np.ndarray:
+    """The array whose row i is ``one(i)``: made in parallel, written whole, then read from the cache."""
     if not path.exists():
         CACHE.mkdir(exist_ok=True)
         with get_context("fork").Pool(workers) as pool:
-            drawn = pool.imap(partial(_draw, first), range(count), chunksize=64)
-            images = np.stack(list(tqdm(drawn, f"drawing {part}", count, disable=None)))
+            rows = np.stack(list(tqdm(pool.imap(one, range(count), chunksize=64), path.stem, count, disable=None)))
         half_written = path.with_suffix(".tmp.npy")
-        np.save(half_written, images)
+        np.save(half_written, rows)
         half_written.rename(path)
-    images = np.load(path, mmap_mode="r")
+    return np.load(path, mmap_mode="r")
+
+
+def pictures(part: str, count: int) -> tuple[np.ndarray, list[dict[str, str]]]:
+    """Pictures (count, 64, 64, 3) uint8 and their values, of one part."""
+    first = FIRST_SEED[part]
+    images = _made_once(CACHE / f"{part}-{count}.npy", partial(_draw, first), count)
     assert images.shape == (count, SIZE, SIZE, 3)
     return images, [record(first + i) for i in range(count)]
+
+
+def word_weights(part: str, count: int) -> np.ndarray:
+    """Where each picture of one part shows its mood and garment, (count, 16, 16) in [0, 1]: draw.where_words_show."""
+    return _made_once(CACHE / f"{part}-weights-{count}.npy", partial(_weights, FIRST_SEED[part]), count)

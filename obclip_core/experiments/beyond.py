@@ -7,7 +7,6 @@ the real one.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,14 +23,14 @@ from obclip_core.accelerate.coarse import coarse, fitting
 from obclip_core.accelerate.share import gains
 from obclip_core.audit import Audit, exact_audit, spellings
 from obclip_core.denoise import HandOver, Offer, Secret, Split, decode, now, run
-from obclip_core.experiments import cache_ablations, hybrid_split
-from obclip_core.experiments.cache_ablations import SETS, Case, Drawings, cases, loaded, reference, shape_of
+from obclip_core.experiments import cache_ablations
+from obclip_core.experiments.cache_ablations import SETS, Attempt, Drawings, cases, loaded, reference, request, shape_of
+from obclip_core.experiments.hybrid_split import taken, together, walk
 from obclip_core.prompts import Prompt, candidate_values, candidates, parse, real_index
-from obclip_core.schedulers import put, tensors_of
 from obclip_core.service.wire import pack_hand_over, pack_offer
 from obclip_core.worlds import World
 
-__all__ = ["Drawings", "loaded", "reference", "shape_of"]
+__all__ = ["Drawings", "reference"]  # besides what is defined here
 
 POINTS = {3: (2, 2), 5: (3, 3), 10: (4, 6)}  # k: (r, s); the paper names none for k = 3
 CONTROLS = ("mean latent", "wrong candidate")
@@ -47,6 +46,7 @@ def depends(cell: Any) -> list[str | Path]:
 
 
 # ---------------------------------------------------------------------------------------------- methods
+
 
 @dataclass(frozen=True)
 class Method:
@@ -134,6 +134,7 @@ def work(shape: cost.Shape, method: Method, T: int = 25) -> float:
 
 # ---------------------------------------------------------------------------------------------- measuring
 
+
 @dataclass(frozen=True)
 class Frontier:
     """The first ``count`` prompts of the set of N under one method, each finished for ``reals`` of its candidates."""
@@ -207,8 +208,8 @@ def measure(cell: Frontier) -> dict[str, Any]:
                   f"{way}/features": judge.features(images),
                   f"{way}/attribute_accuracy": metrics.attribute_accuracy(right),
                   f"{way}/clip_score": metrics.clip_scores(judge.similarity(images, texts))}
-    return {key: np.array(value) if isinstance(value, list) and key != "latents" else
-            torch.stack(value) if key == "latents" else value for key, value in found.items()}
+    found["latents"] = torch.stack(found["latents"])
+    return {key: np.array(value) if isinstance(value, list) else value for key, value in found.items()}
 
 
 def finished(world: World, split: Split, given: Sequence[HandOver], texts: Sequence[str], seeds: Sequence[int],
@@ -217,21 +218,13 @@ def finished(world: World, split: Split, given: Sequence[HandOver], texts: Seque
     latents = []
     for start in range(0, len(given), most):
         part = slice(start, start + most)
-        batch = hybrid_split.taken(world, "device", stacked(given[part]), given[0].mode, world.T, split.join)
-        latents.append(hybrid_split.walk(world, "device", texts[part], seeds[part], batch, [world.T])[world.T].latents)
+        batch = taken(world, "device", together(given[part]), given[0].mode, world.T, split.join)
+        latents.append(walk(world, "device", texts[part], seeds[part], batch, [world.T])[world.T].latents)
     return torch.cat(latents)
 
 
-def stacked(given: Sequence[HandOver]) -> HandOver:
-    """One hand-over of many that were made alike."""
-    state, shape = dict(given[0].state), given[0].latents.shape
-    for name in tensors_of(given[0].state, shape):
-        state = put(state, name, torch.cat([tensors_of(one.state, shape)[name] for one in given]))
-    first = given[0]
-    return HandOver(torch.cat([one.latents for one in given]), first.step, first.T, first.scheduler, state, first.mode)
-
-
 # ---------------------------------------------------------------------------------------------- the tables
+
 
 def frontier(shape: cost.Shape, cells: Sequence[Frontier], results: Sequence[Mapping[str, Any]],
              real: np.ndarray, T: int = 25) -> pd.DataFrame:
@@ -272,22 +265,17 @@ def _scores(judge: Any, result: Mapping[str, Any], exact: Mapping[str, Any], way
         return np.reshape(values, (prompts, -1))
 
     own, against = by_prompt(result[f"{way}/attribute_accuracy"]), by_prompt(exact["/attribute_accuracy"])
-    pictures = [torch.as_tensor(one).float() / 255 for one in (result[f"{way}/pictures"], exact["/pictures"])]
-    row: dict[str, float] = {}
-
-    def note(name: str, value: metrics.Interval, factor: float = 1.0) -> None:
-        row.update({name: factor * value.value, f"{name}_low": factor * value.low, f"{name}_high": factor * value.high})
-
-    note("attribute_accuracy", metrics.bootstrap_ci(own))
-    note("accuracy_drop_points", metrics.paired_difference_ci(against, own), 100.0)
-    note("clip_score", metrics.bootstrap_ci(by_prompt(result[f"{way}/clip_score"])))
-    note("distance", metrics.bootstrap_ci(by_prompt(metrics.perceptual_distance(judge, *pictures))))
+    shown = [cache_ablations.pictures(one) for one in (result[f"{way}/pictures"], exact["/pictures"])]
+    kid = metrics.Interval(*(float("nan"),) * 3, 0)
     if len(real):
-        groups = np.repeat(np.arange(prompts), own.shape[1])
-        note("kid", metrics.kid_ci(result[f"{way}/features"], real, groups))
-    else:
-        row.update(dict.fromkeys(("kid", "kid_low", "kid_high"), float("nan")))
-    return row
+        kid = metrics.kid_ci(result[f"{way}/features"], real, np.repeat(np.arange(prompts), own.shape[1]))
+    return {
+        **metrics.bootstrap_ci(own).row("attribute_accuracy"),
+        **metrics.paired_difference_ci(100 * against, 100 * own).row("accuracy_drop_points"),
+        **metrics.bootstrap_ci(by_prompt(result[f"{way}/clip_score"])).row("clip_score"),
+        **metrics.bootstrap_ci(by_prompt(metrics.perceptual_distance(judge, *shown))).row("distance"),
+        **kid.row("kid"),
+    }
 
 
 def _latents(result: Mapping[str, Any], way: str, method: Method, world: str) -> np.ndarray:
@@ -302,8 +290,7 @@ def _error(latents: np.ndarray, exact: np.ndarray) -> dict[str, float]:
     latents, exact = np.asarray(latents), np.asarray(exact)
     off = ((latents - exact) ** 2).mean(axis=(1, 2, 3, 4))
     spread = ((exact - exact.mean(1, keepdims=True)) ** 2).mean(axis=(1, 2, 3, 4))
-    found = metrics.bootstrap_ci(np.sqrt(off / spread))
-    return {"latent_error": found.value, "latent_error_low": found.low, "latent_error_high": found.high}
+    return metrics.bootstrap_ci(np.sqrt(off / spread)).row("latent_error")
 
 
 def targets(table: pd.DataFrame) -> pd.DataFrame:
@@ -336,6 +323,7 @@ def _of(table: pd.DataFrame, method: str) -> float:
 
 
 # ---------------------------------------------------------------------------------------------- one branch, corrected
+
 
 @dataclass(frozen=True)
 class Gain:
@@ -370,6 +358,7 @@ def gain_table(cells: Sequence[Gain], results: Sequence[Mapping[str, Any]]) -> p
 
 
 # ---------------------------------------------------------------------------------------------- designs
+
 
 def designs(axes: Sequence[int]) -> pd.DataFrame:
     """What composition asks for on a grid: rows (model, runs, trajectories, amplification).
@@ -414,6 +403,7 @@ def shapes_table(names: Sequence[str] = ("sd14", "sdxl"), N: Sequence[int] = (2,
 
 # ---------------------------------------------------------------------------------------------- the audit
 
+
 def audits(text: str = AUDITED, k: int = 5) -> pd.DataFrame:
     """Every method's bytes on the wire under the exact audit, and two that look at the real candidate.
 
@@ -455,6 +445,7 @@ def _spelt(text: str) -> tuple[str, ...]:
 
 # ---------------------------------------------------------------------------------------------- pictures, try it
 
+
 def picture_rows(cells: Sequence[Frontier], results: Sequence[Mapping[str, Any]], names: Sequence[str], N: int, k: int,
                  count: int) -> torch.Tensor:
     """(methods, count, 3, H, W): the first pictures of some methods, the same candidates in each row."""
@@ -463,29 +454,20 @@ def picture_rows(cells: Sequence[Frontier], results: Sequence[Mapping[str, Any]]
         way = name if name in CONTROLS else ""
         at = next(i for i, cell in enumerate(cells)
                   if (cell.method.name, cell.method.N, cell.method.k) == ("exact" if way else name, N, k))
-        found.append(torch.as_tensor(results[at][f"{way}/pictures"][:count]).float() / 255)
+        found.append(cache_ablations.pictures(results[at][f"{way}/pictures"][:count]))
     return torch.stack(found)
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """Pictures (2, 3, H, W) of exact ObCLIP and of another method, and the bill of both."""
-
-    pictures: torch.Tensor
-    bill: pd.DataFrame
 
 
 def attempt(world: str, text: str, schedule: Schedule, k: int = 5, seed: int = 0) -> Attempt:
     """One prompt served exactly and by any schedule: what the device draws, and what the cloud paid."""
-    here, prompt = loaded(world), parse(text)
-    case = Case(candidates(prompt), candidate_values(prompt), real_index(prompt), seed)
+    here, case = loaded(world), request(text, seed)
     shape, rows, images = shape_of(here), [], []
     for name, one in (("exact", NONE), ("yours", schedule)):
         method = Method(name, "", len(case.candidates), k, Split(here.T, k), one)
         offer = Offer(case.candidates, seed, method.split, one)
-        begin = time.perf_counter()
+        begin = now(here)
         hand_over = run(here, offer)
-        seconds = time.perf_counter() - begin
+        seconds = now(here) - begin
         picked = hand_over.pick(Secret(case.index), one.plan.recipe(k) if one.plan else None)
         images.append(decode(here, finished(here, method.split, [picked], [case.candidates[case.index]], [seed]))[0])
         rows.append({"method": name, "candidates": method.N, "trajectories": hand_over.N,
@@ -495,6 +477,7 @@ def attempt(world: str, text: str, schedule: Schedule, k: int = 5, seed: int = 0
 
 
 # ---------------------------------------------------------------------------------------------- what the tables say
+
 
 def tell_frontier(table: pd.DataFrame) -> str:
     """At each N and k, the methods that no other beats in both work and latent error."""

@@ -7,14 +7,16 @@ to the same picture (``few`` and its test), while multiply-adds, seconds and byt
 
 from __future__ import annotations
 
+import argparse
 import random
 import sys
-import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,11 @@ from diffusers.models.attention_processor import Attention
 
 from obclip_core import cost, metrics, worlds
 from obclip_core.accelerate import NONE, PAPER_K5, PAPER_K10, Schedule
-from obclip_core.denoise import Offer, Secret, Split, call_bytes, decode, finish, run
+from obclip_core.denoise import Offer, Secret, Split, call_bytes, decode, finish, now, run
 from obclip_core.prompts import ATTRIBUTES, candidate_values, candidates, fill, parse, real_index
 from obclip_core.provenance import ROOT
 
+UNTRAINED = "untrained/"
 SETS = {2: "n2", 6: "n6", 30: "n30"}
 SHOWN = (0, 1, 2, 3, 9)  # steps whose attention maps are kept: those of batch reuse, and a late one
 COMPONENTS = 4
@@ -47,10 +50,17 @@ PAPER = {5: PAPER_K5, 10: PAPER_K10}
 
 # ---------------------------------------------------------------------------------------------- worlds and prompts
 
+
 @lru_cache(maxsize=2)
 def loaded(world: str) -> worlds.World:
-    """The world of this name or folder, loaded once a process, on a GPU where there is one."""
-    return worlds.load(world, torch_device="cuda" if torch.cuda.is_available() else "cpu")
+    """The world of this name or folder, loaded once a process, on a GPU where there is one.
+
+    ``untrained/`` and a name of data/paper/unets is a cloud with random weights: enough for seconds and bytes.
+    """
+    at = "cuda" if torch.cuda.is_available() else "cpu"
+    if world.startswith(UNTRAINED):
+        return worlds.untrained(world.removeprefix(UNTRAINED), at)
+    return worlds.load(world, torch_device=at)
 
 
 def depends(cell: Any) -> list[str | Path]:
@@ -99,6 +109,12 @@ def cases(world: worlds.World, prompts: str, count: int, seed: int = 0) -> tuple
     return tuple(found)
 
 
+def request(text: str, seed: int) -> Case:
+    """A prompt of one's own as a case."""
+    prompt = parse(text)
+    return Case(candidates(prompt), candidate_values(prompt), real_index(prompt), seed)
+
+
 def few(case: Case, split: Split, schedule: Schedule) -> tuple[Offer, Secret]:
     """An offer of the real candidate (and the pivot, under batch reuse) alone that gives it the same latent."""
     if not schedule.reuse or schedule.pivot == case.index:
@@ -108,6 +124,7 @@ def few(case: Case, split: Split, schedule: Schedule) -> tuple[Offer, Secret]:
 
 
 # ---------------------------------------------------------------------------------------------- quality
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -140,6 +157,11 @@ def quality(cell: Quality) -> dict[str, Any]:
     }
 
 
+def pictures(array: Any) -> torch.Tensor:
+    """Kept pictures (bytes) as they are drawn and compared: in [0, 1]."""
+    return torch.from_numpy(np.array(array)).float() / 255
+
+
 @dataclass(frozen=True)
 class Drawings:
     """Reference pictures of a world, which no model of it has seen."""
@@ -153,15 +175,24 @@ def reference(cell: Drawings) -> dict[str, Any]:
     judge = metrics.scorer(loaded(cell.world))
     if cell.world != "portraits":
         return {"features": np.zeros((0, 1), dtype=np.float32)}
+    first = portraits().FIRST_SEED["reference"]
+    return {"features": judge.features(drawings(range(first, first + cell.count)))}
+
+
+def portraits() -> Any:
+    """The module that draws the world portraits, data/portraits/pictures.py."""
     folder = str(ROOT / "data" / "portraits")
     sys.path.insert(0, folder)
     try:
-        from pictures import FIRST_SEED, draw, record
+        return import_module("pictures")
     finally:
         sys.path.remove(folder)
-    seeds = range(FIRST_SEED["reference"], FIRST_SEED["reference"] + cell.count)
-    images = np.stack([draw(record(seed), seed) for seed in seeds])
-    return {"features": judge.features(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)}
+
+
+def drawings(numbers: Sequence[int]) -> torch.Tensor:
+    """The drawings of these numbers in the world portraits: (B, 3, H, W) in [0, 1]."""
+    images = np.stack([portraits().draw(portraits().record(number), number) for number in numbers])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
 @dataclass(frozen=True)
@@ -249,11 +280,7 @@ def matched(shape: cost.Shape, technique: str, k: int, candidates: int, target: 
 
 def _longest(steps: tuple[int, ...]) -> int:
     """The longest run of consecutive steps."""
-    runs, last = [0], None
-    for step in steps:
-        runs.append(runs[-1] + 1 if last is not None and step == last + 1 else 1)
-        last = step
-    return max(runs)
+    return max(len(list(run_)) for _, run_ in groupby(enumerate(steps), lambda at: at[1] - at[0]))
 
 
 def told(schedule: Schedule) -> str:
@@ -278,9 +305,9 @@ def bases(lines: Sequence[Variant], results: Sequence[Mapping[str, Any]]) -> Bas
 def with_distance(judge: metrics.Scorer, lines: Sequence[Variant],
                   results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The results, each with ``distance`` (one a prompt): how far its picture is from the unaccelerated one."""
-    base = bases(lines, results)
-    return [dict(result) | {"distance": metrics.perceptual_distance(judge, _images(result),
-                                                                    _images(base[line.N, line.k]))}
+    plain = {at: pictures(result["pictures"]) for at, result in bases(lines, results).items()}
+    return [dict(result) | {"distance": metrics.perceptual_distance(judge, pictures(result["pictures"]),
+                                                                    plain[line.N, line.k])}
             for line, result in zip(lines, results, strict=True)]
 
 
@@ -297,14 +324,9 @@ def ablation(shape: cost.Shape, lines: Sequence[Variant], results: Sequence[Mapp
                "setting": told(line.schedule), "macs_g": spent / line.N / 1e9, "macs_ratio": spent / full,
                "prompts": len(result["distance"])}
         for name in METRICS:
-            found = _interval(name, result, real)
-            row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+            row |= _interval(name, result, real).row(name)
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _images(result: Mapping[str, Any]) -> torch.Tensor:
-    return torch.as_tensor(result["pictures"]).float() / 255
 
 
 def _interval(name: str, result: Mapping[str, Any], real: np.ndarray,
@@ -378,9 +400,8 @@ def kept_promises(lines: Sequence[Variant], results: Sequence[Mapping[str, Any]]
         if line.name == "cache+skip+reuse" and line.group == "technique":
             found = metrics.paired_difference_ci(result["attribute_accuracy"],
                                                  base[line.N, line.k]["attribute_accuracy"])
-            rows.append({"candidates": line.N, "k": line.k, "promise": "attribute accuracy", "value": found.value,
-                         "low": found.low, "high": found.high, "bound": -0.03,
-                         "verdict": _verdict(found.low + 0.03, found.high + 0.03)})
+            rows.append({"candidates": line.N, "k": line.k, "promise": "attribute accuracy", **found.row(),
+                         "bound": -0.03, "verdict": _verdict(found.low + 0.03, found.high + 0.03)})
     for one in timed.to_dict("records"):
         bound = one["macs_ratio"] + 0.10
         rows.append({"candidates": one["candidates"], "k": one["k"], "promise": "seconds", "value": one["ratio"],
@@ -395,6 +416,7 @@ def _verdict(low: float, high: float) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- trajectories
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -521,13 +543,9 @@ def _positions(world: worlds.World, text: str, values: Mapping[str, str]) -> lis
 
 def figure6(results: Sequence[Mapping[str, Any]], world: str) -> pd.DataFrame:
     """Figure 6: rows (world, part, step, value, low, high, n), the relative change from step - 1 to step."""
-    rows = []
-    for part, name in (("cross-attention", "cross"), ("mid-block", "mid")):
-        for step, values in enumerate(np.stack([result[name] for result in results]).T, 1):
-            found = metrics.bootstrap_ci(values)
-            rows.append({"world": world, "part": part, "step": step, "value": found.value, "low": found.low,
-                         "high": found.high, "n": found.n})
-    return pd.DataFrame(rows)
+    return pd.DataFrame([{"world": world, "part": part, "step": step, **asdict(metrics.bootstrap_ci(values))}
+                         for part, name in (("cross-attention", "cross"), ("mid-block", "mid"))
+                         for step, values in enumerate(np.stack([result[name] for result in results]).T, 1)])
 
 
 def figure9(results: Sequence[Mapping[str, Any]], world: str) -> pd.DataFrame:
@@ -544,14 +562,13 @@ def figure9(results: Sequence[Mapping[str, Any]], world: str) -> pd.DataFrame:
                  "subspace_similarity, other prompt": (maps[:, :, 0], np.roll(maps[:, :, 0], 1, axis=0))}
         for name, (a, b) in pairs.items():
             alike = (np.einsum("pscx,psdx->pscd", a, b) ** 2).sum((-1, -2)) / maps.shape[-2]
-            for step, values in zip(SHOWN, alike.T, strict=False):
-                found = metrics.bootstrap_ci(values)
-                rows.append({"world": world, "metric": name + suffix, "step": step, "value": found.value,
-                             "low": found.low, "high": found.high, "n": found.n})
+            rows += [{"world": world, "metric": name + suffix, "step": step, **asdict(metrics.bootstrap_ci(values))}
+                     for step, values in zip(SHOWN, alike.T, strict=False)]
     return pd.DataFrame(rows)
 
 
 # ---------------------------------------------------------------------------------------------- seconds
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -578,16 +595,10 @@ def whole_runs(cell: Timing) -> dict[str, Any]:
     for _ in range(cell.repeats):
         for name, offer in offers.items():
             clock: list[float] = []
-            begin = _now()
-            run(world, offer, on_step=lambda i, x, clock=clock: clock.append(_now()))
+            begin = now(world)
+            run(world, offer, on_step=lambda i, x, clock=clock: clock.append(now(world)))
             found[name].append(np.diff([begin, *clock]))
     return {name: np.array(value) for name, value in found.items()}
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def seconds_table(shape: cost.Shape, timings: Sequence[Timing], results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -616,23 +627,19 @@ def single_steps(cell: Timing) -> dict[str, Any]:
     z = torch.randn(cell.N, *world.shape, generator=torch.Generator("cpu").manual_seed(cell.seed))
     z = (torch.cat([z, z]) if text.guided else z).to(world.torch_device, world.dtype)
     t, words = torch.tensor(500, device=world.torch_device), text[slice(None)]
+
+    def step(at: Any, i: int) -> None:
+        with at(i):
+            unet(z, t, **words)
+
     with torch.no_grad(), ExitStack() as stack:
         runs = {}
         for name, schedule in STEPS.items():
             at = stack.enter_context(schedule.applied(unet, candidates=cell.N, guided=text.guided))
-            with at(0):
-                unet(z, t, **words)
-            runs[name] = _step(at, unet, z, t, words)
+            step(at, 0)
+            runs[name] = partial(step, at, 1)
         rows = cost.seconds(runs, cell.repeats, warm=0)
     return {key: [row[key] for row in rows] for key in ("name", "seconds", "ratio", "ratio_low", "ratio_high")}
-
-
-def _step(at: Any, unet: torch.nn.Module, z: torch.Tensor, t: torch.Tensor,
-          words: Mapping[str, Any]) -> Callable[[], None]:
-    def step() -> None:
-        with at(1):
-            unet(z, t, **words)
-    return step
 
 
 def steps_table(shape: cost.Shape, timings: Sequence[Timing], results: Sequence[Mapping[str, Any]],
@@ -656,6 +663,7 @@ def steps_table(shape: cost.Shape, timings: Sequence[Timing], results: Sequence[
 
 
 # ---------------------------------------------------------------------------------------------- bytes
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -698,6 +706,7 @@ def memory_table(timed: Sequence[Memory], results: Sequence[Mapping[str, Any]]) 
 
 # ---------------------------------------------------------------------------------------------- the paper's tables
 
+
 def figure12() -> pd.DataFrame:
     """Figure 12 from the shape of SD-v1.4: cost.figure_12 with the name of its world."""
     return pd.DataFrame(cost.figure_12()).assign(world="sd14")
@@ -712,9 +721,10 @@ def table7(flops: pd.DataFrame) -> pd.DataFrame:
 
 # ---------------------------------------------------------------------------------------------- try it
 
+
 @dataclass(frozen=True)
 class Attempt:
-    """Pictures (2, 3, H, W), without and with acceleration, and the bill of the latter."""
+    """Pictures (2, 3, H, W), exact and under a schedule, and the bill."""
 
     pictures: torch.Tensor
     bill: pd.DataFrame
@@ -722,9 +732,7 @@ class Attempt:
 
 def attempt(world: str, text: str, schedule: Schedule, k: int = 10, seed: int = 0) -> Attempt:
     """One prompt under any schedule: what it draws, and what the cloud pays for all its candidates."""
-    here, prompt = loaded(world), parse(text)
-    case = Case(candidates(prompt), candidate_values(prompt), real_index(prompt), seed)
-    images = []
+    here, case, images = loaded(world), request(text, seed), []
     for one in (NONE, schedule):
         offer, secret = few(case, Split(T=here.T, k=k), one)
         images.append(decode(here, finish(here, offer, run(here, offer), secret)))
@@ -759,6 +767,7 @@ def untouched(world: str, k: int = 4) -> dict[str, bool]:
 
 
 # ---------------------------------------------------------------------------------------------- what the tables say
+
 
 def sweeps(table: pd.DataFrame) -> pd.DataFrame:
     """The lines that change one of r, s, refresh, in order, each with the paper's own point among them."""
@@ -879,3 +888,28 @@ def tell_promises(table: pd.DataFrame) -> str:
              f"[{row.low:.3f}, {row.high:.3f}], bound {row.bound:.3f}"
              for row in table.itertuples() if row.verdict != "kept"]
     return "\n".join(said)
+
+
+# ---------------------------------------------------------------------------------------------- by command
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Seconds beside multiply-adds, of a world or of a U-Net of the paper with random weights, wherever it runs."""
+    parser = argparse.ArgumentParser(prog="python -m obclip_core.experiments.cache_ablations", description=main.__doc__)
+    parser.add_argument("model", help="a world of data/worlds, or a U-Net of data/paper/unets (meant for a GPU)")
+    parser.add_argument("-N", type=int, nargs="+", choices=SETS, default=list(SETS), help="numbers of candidates")
+    parser.add_argument("--repeats", type=int, default=5)
+    chosen = parser.parse_args(arguments)
+    world = chosen.model if chosen.model in worlds.names() else UNTRAINED + chosen.model
+    try:
+        shape = shape_of(loaded(world))
+        for N in chosen.N:
+            timing = Timing(world, N, chosen.repeats, torch.get_num_threads())
+            print(tell_seconds(seconds_table(shape, [timing], [whole_runs(timing)])), flush=True)
+    except ValueError as error:
+        print(f"obclip: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,14 +19,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from obclip_core import metrics, worlds
+from obclip_core import denoise, metrics, worlds
 from obclip_core.accelerate import Schedule
-from obclip_core.denoise import HandOver, Offer, Secret, Split, _accelerated, _denoise, decode, finish, noised, run
+from obclip_core.denoise import HandOver, Offer, Secret, Split, decode, finish, noised, run
 from obclip_core.experiments import cache_ablations
-from obclip_core.experiments.cache_ablations import Case, cases
-from obclip_core.schedulers import config, fresh, log_snr, matching_shift, resume, state_of
+from obclip_core.experiments.cache_ablations import Case, cases, pictures
+from obclip_core.schedulers import config, fresh, log_snr, matching_shift, put, resume, state_of, tensors_of
 from obclip_core.service import wire
 from obclip_core.worlds import World, condition
+
+__all__ = ["pictures"]  # besides what is defined here
 
 ORDERS = ("cloud-first", "device-first")
 SCHEDULERS = {"dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {}),
@@ -65,8 +67,8 @@ def depends(cell: Any) -> list[str | Path]:
 def noise(world: World, side: str, T: int, seeds: Sequence[int]) -> HandOver:
     """Where a walk begins: before step 0 of T, one noise z_T for each seed, as an offer with that seed has it."""
     scheduler = fresh(world.schedulers[side], T, 0, world.torch_device)
-    z = torch.cat([_draw(world, torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
-    return HandOver(scheduler.init_noise_sigma * z.to(world.torch_device), 0, T, config(scheduler))
+    z = torch.cat([denoise.draw_noise(world, torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
+    return HandOver(scheduler.init_noise_sigma * z, 0, T, config(scheduler))
 
 
 @torch.no_grad()
@@ -83,11 +85,11 @@ def walk(world: World, side: str, texts: Sequence[str], seeds: Sequence[int], gi
     text, draws = condition(world, side, texts), [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     for generator in draws:  # pass over what earlier steps drew: z_T, and at most one a step
         for _ in range(1 + given.step):
-            _draw(world, generator)
+            denoise.draw_noise(world, generator)
     x, at, found = given.latents, given.step, {}
-    with _accelerated(schedule, unet, len(texts), text.guided) as bracket:
+    with denoise.accelerated(schedule, unet, len(texts), text.guided) as bracket:
         for stop in sorted(set(stops)):
-            x = _denoise(unet, scheduler, range(at, stop), x, text, draws, at=bracket)
+            x = denoise.take_steps(unet, scheduler, range(at, stop), x, text, draws, at=bracket)
             state = state_of(scheduler, T, stop, x) if stop < T else {}
             found[stop] = HandOver(x, stop, T, config(scheduler), copy.deepcopy(state))  # the walk goes on changing it
             at = stop
@@ -107,8 +109,13 @@ def taken(world: World, side: str, given: HandOver, mode: str = "exact", T: int 
     return HandOver(given.latents, join, T, here, mode="restart")
 
 
-def _draw(world: World, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(1, *world.shape, generator=generator, dtype=world.dtype)
+def together(parts: Sequence[HandOver]) -> HandOver:
+    """Hand-overs of one latent each, made alike, as one."""
+    first = parts[0]
+    state, shape = dict(first.state), first.latents.shape
+    for name in tensors_of(state, shape):
+        state = put(state, name, torch.cat([tensors_of(part.state, shape)[name] for part in parts]))
+    return replace(first, latents=torch.cat([part.latents for part in parts]), state=state)
 
 
 def asked(world: World, first: int, count: int) -> tuple[list[Case], list[str], list[Mapping[str, str]]]:
@@ -119,24 +126,21 @@ def asked(world: World, first: int, count: int) -> tuple[list[Case], list[str], 
 
 def scores(world: World, latents: Sequence[torch.Tensor], texts: Sequence[str], truth: Sequence[Mapping[str, str]],
            shown: int) -> dict[str, np.ndarray]:
-    """What the judge says of S sets of B latents: features (S, B, D), SCORES (S, B), pictures (S, shown, 3, H, W)."""
+    """What the judge says of S sets of B latents: features (S, B, D), probabilities (S, B, classes), SCORES (S, B), and
+    pictures (S, shown, 3, H, W)."""
     judge, found = metrics.scorer(world), []
     for z in latents:
         images = decode(world, z)
         right = judge.correct(images, truth)
         found.append({
             "features": judge.features(images).numpy(),
+            "probabilities": judge.probabilities(images).numpy(),
             "clip_score": metrics.clip_scores(judge.similarity(images, texts)),
             "accuracy": metrics.attribute_accuracy(right),
             "context": metrics.context_accuracy(right),
             "pictures": (images[:shown] * 255).round().to(torch.uint8).cpu().numpy(),
         })
     return {name: np.stack([one[name] for one in found]) for name in found[0]}
-
-
-def pictures(array: Any) -> torch.Tensor:
-    """Kept pictures (bytes) as they are drawn: in [0, 1]."""
-    return torch.from_numpy(np.array(array)).float() / 255
 
 
 @dataclass(frozen=True)
@@ -225,9 +229,14 @@ def sweep_cell(cell: Sweep) -> dict[str, Any]:
 def sweep_grid(world: str, T: int, cloud_steps: Sequence[int], prompts: int, seeds: int, block: int, *,
                restarts: Sequence[int] = (), shown: int = 0, seed: int = 0) -> tuple[Sweep, ...]:
     """All cells: ``seeds`` noises for each prompt, a cell for ``block`` prompts; the first keeps pictures."""
-    return tuple(Sweep(world, T, tuple(cloud_steps), first, min(block, prompts - first), seed + s, tuple(restarts),
-                       shown if s == first == 0 else 0)
-                 for s in range(seeds) for first in range(0, prompts, block))
+    return tuple(Sweep(world, T, tuple(cloud_steps), restarts=tuple(restarts), **part)
+                 for part in _blocks(prompts, seeds, block, shown, seed))
+
+
+def _blocks(prompts: int, seeds: int, block: int, shown: int, seed: int) -> list[dict[str, int]]:
+    """What tells the cells of a grid apart: first, count, seed and shown."""
+    return [{"first": first, "count": min(block, prompts - first), "seed": seed + s,
+             "shown": shown if s == first == 0 else 0} for s in range(seeds) for first in range(0, prompts, block)]
 
 
 def gathered(cells: Sequence[Any], results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -244,7 +253,7 @@ def gathered(cells: Sequence[Any], results: Sequence[Mapping[str, Any]], names: 
 
 @dataclass(frozen=True)
 class Judged:
-    """One set of pictures, (P prompts, S seeds): features (P, S, D) and SCORES (P, S)."""
+    """One set of pictures, (P prompts, S seeds): features (P, S, D), probabilities (P, S, classes), SCORES (P, S)."""
 
     values: Mapping[str, np.ndarray]
     real: np.ndarray
@@ -264,8 +273,7 @@ class Judged:
         """All metrics with their bounds, as columns."""
         found = {}
         for metric in ("kid", *SCORES):
-            one = self.interval(metric, other)
-            found |= {metric: one.value, f"{metric}_low": one.low, f"{metric}_high": one.high}
+            found |= self.interval(metric, other).row(metric)
         return found
 
     def fid(self) -> dict[str, Any]:
@@ -275,7 +283,7 @@ class Judged:
 
 def judged(cells: Sequence[Any], results: Sequence[Mapping[str, Any]], real: np.ndarray) -> Callable[..., Judged]:
     """The pictures at a place of the cells' leading axes, as a function of that place."""
-    whole = gathered(cells, results, ("features", *SCORES))
+    whole = gathered(cells, results, ("features", "probabilities", *SCORES))
     return lambda *at: Judged({name: value[at] for name, value in whole.items()}, real)
 
 
@@ -343,8 +351,7 @@ def restart_table(cells: Sequence[Sweep], results: Sequence[Mapping[str, Any]]) 
         j = cells[0].cloud_steps.index(k)
         told = {name: metrics.paired_difference_ci(found[f"restart_{name}"][i], found[name][0, j]) for name in SCORES}
         told["distance"] = metrics.bootstrap_ci(found["restart_distance"][i])
-        rows += [{"k": k, "metric": name, "value": one.value, "low": one.low, "high": one.high, "prompts": one.n}
-                 for name, one in told.items()]
+        rows += [{"k": k, "metric": name, **one.row(), "prompts": one.n} for name, one in told.items()]
     return pd.DataFrame(rows)
 
 
@@ -455,9 +462,8 @@ def shift_cell(cell: Shifts) -> dict[str, Any]:
 def shift_grid(world: str, T: int, k: int, shifts: Sequence[int], plain: Sequence[int], prompts: int, seeds: int,
                block: int, *, shown: int = 0, seed: int = 0) -> tuple[Shifts, ...]:
     """All cells, as ``sweep_grid``."""
-    return tuple(Shifts(world, T, k, tuple(shifts), tuple(plain), first, min(block, prompts - first), seed + s,
-                        shown if s == first == 0 else 0)
-                 for s in range(seeds) for first in range(0, prompts, block))
+    return tuple(Shifts(world, T, k, tuple(shifts), tuple(plain), **part)
+                 for part in _blocks(prompts, seeds, block, shown, seed))
 
 
 def around(derived: int, T: int, k: int, near: int = 2, printed: Sequence[int] = (0, 4, 8, 10)) -> tuple[int, ...]:
@@ -482,9 +488,11 @@ def shift_table(cells: Sequence[Shifts], results: Sequence[Mapping[str, Any]], r
         head = {"world": f"{cell.world}-lcm", "method": method, "k": k, "candidates": 1}
         for metric, name in names.items():
             one = sets[method].interval(metric, sets[against] if against else None)
-            rows.append(head | {"metric": name, "value": one.value, "low": one.low, "high": one.high, "n": P * S,
-                                "against": against})
+            rows.append(head | {"metric": name, **one.row(), "n": P * S, "against": against})
         if against is None:
+            classes = sets[method].values["probabilities"].reshape(P * S, -1)
+            found = metrics.inception_score_ci(classes, np.repeat(np.arange(P), S))
+            rows.append(head | {"metric": "inception_score", **found.row(), "n": P * S, "against": None})
             rows.append(head | {"metric": "fid", "value": sets[method].fid()["fid"], "n": P * S})
 
     for method in cell.methods:
@@ -731,7 +739,6 @@ def from_picture_table(cell: FromPicture, result: Mapping[str, Any]) -> pd.DataF
     for i, step in enumerate(cell.steps):
         row = {"step": step, "noised_share": 100 * (1 - step / cell.T), "n": cell.count}
         for name in ("followed", "read", "ssim"):
-            one = metrics.bootstrap_ci(result[name][i])
-            row |= {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
+            row |= metrics.bootstrap_ci(result[name][i]).row(name)
         rows.append(row)
     return pd.DataFrame(rows)

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import random
 import shutil
-import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,13 @@ from torch.nn import functional
 
 from obclip_core import claims, cost, metrics, worlds
 from obclip_core.accelerate import NONE, Schedule
-from obclip_core.denoise import HandOver, Split, decode, now, run
+from obclip_core.denoise import HandOver, Secret, Split, decode, now, run
 from obclip_core.experiments import cache_ablations
-from obclip_core.experiments.cache_ablations import PAPER, Case, few
-from obclip_core.experiments.hybrid_split import loaded, noise, pictures, taken, walk
+from obclip_core.experiments.cache_ablations import PAPER, Case, drawings, few, pictures, portraits, request
+from obclip_core.experiments.hybrid_split import loaded, noise, taken, together, walk
 from obclip_core.metrics import Interval, bootstrap_ci, paired_difference_ci, proportion_ci
-from obclip_core.prompts import ATTRIBUTES, candidate_values, candidates, fill, parse, real_index
+from obclip_core.prompts import ATTRIBUTES, candidate_values, candidates, fill, parse
 from obclip_core.provenance import ROOT
-from obclip_core.schedulers import each
 from obclip_core.service import wire
 
 __all__ = ["pictures"]  # besides what is defined here
@@ -160,7 +158,7 @@ def batch(cell: Batch) -> dict[str, Any]:
         latents["obclip", k], latents["obclip+cache", k] = join(plain[k]), join(cached)
         if ("obclip+cache+reuse", k) in cell.methods:
             latents["obclip+cache+reuse", k] = join(together([
-                alone(cached, i) if case.index == PAPER[k].pivot else pair(world, case, Split(T, k), PAPER[k])
+                cached.pick(Secret(i)) if case.index == PAPER[k].pivot else pair(world, case, Split(T, k), PAPER[k])
                 for i, case in enumerate(asked)]))
     found = [judged(world, latents[method], asked, latents["cloud-only", 0], cell.shown) for method in cell.methods]
     return {name: np.stack([one[name] for one in found]) for name in found[0]}
@@ -170,28 +168,6 @@ def pair(world: worlds.World, case: Case, split: Split, schedule: Schedule) -> H
     """The real candidate's hand-over under batch reuse, from a call on it and the pivot alone."""
     offer, secret = few(case, split, schedule)
     return run(world, offer).pick(secret)
-
-
-def alone(given: HandOver, i: int) -> HandOver:
-    """Row ``i`` of a hand-over."""
-    return replace(given, latents=given.latents[i:i + 1],
-                   state=each(given.state, given.latents.shape, lambda tensor: tensor[i:i + 1]))
-
-
-def together(parts: Sequence[HandOver]) -> HandOver:
-    """Hand-overs of one latent each, made alike, as one."""
-    shape = parts[0].latents.shape
-
-    def merged(items: Sequence[Any]) -> Any:
-        one = items[0]
-        if isinstance(one, Mapping):
-            return {key: merged([item[key] for item in items]) for key in one}
-        if isinstance(one, list):
-            return [merged(few) for few in zip(*items, strict=True)]
-        return torch.cat(list(items)) if isinstance(one, torch.Tensor) and one.shape == shape else one
-
-    return replace(parts[0], latents=torch.cat([part.latents for part in parts]),
-                   state=merged([part.state for part in parts]))
 
 
 def judged(world: worlds.World, latents: torch.Tensor, asked: Sequence[Case], clouds: torch.Tensor,
@@ -267,7 +243,7 @@ def quality_table(cells: Sequence[Batch], results: Sequence[Mapping[str, Any]], 
     found: list[dict[str, Any]] = []
 
     def add(method: tuple[str, int], metric: str, one: Interval | float, note: str = "", **against: Any) -> None:
-        ends = {"value": one.value, "low": one.low, "high": one.high} if isinstance(one, Interval) else {"value": one}
+        ends = one.row() if isinstance(one, Interval) else {"value": one}
         found.append({"world": cell.world, "method": method[0], "k": method[1] or np.nan, "candidates": N,
                       "metric": metric, **ends, "n": n, "note": note, **against})
 
@@ -417,19 +393,13 @@ def good(world: str, count: int, seed: int = 0) -> tuple[torch.Tensor, list[str]
         texts, seeds = [case.candidates[case.index] for case in asked], [case.seed for case in asked]
         ends = walk(here, "cloud", texts, seeds, noise(here, "cloud", here.T, seeds), [here.T])[here.T].latents
         return decode(here, ends).cpu(), texts, [case.values[case.index] for case in asked]
-    folder = str(ROOT / "data" / "portraits")
-    sys.path.insert(0, folder)
-    try:
-        from pictures import FIRST_SEED, PROMPTS, draw, record
-    finally:
-        sys.path.remove(folder)
-    first = FIRST_SEED["reference"] + 1_000_000 * (seed + 1)  # other drawings than those that KID compares with
+    own = portraits()
+    first = own.FIRST_SEED["reference"] + 1_000_000 * (seed + 1)  # other drawings than those that KID compares with
     numbers = range(first, first + count)
-    truth = [record(number) for number in numbers]
-    images = np.stack([draw(values, number) for values, number in zip(truth, numbers, strict=True)])
-    texts = [fill(random.Random(f"caption {number}").choice(PROMPTS["templates"]["n30"]), values)
+    truth = [own.record(number) for number in numbers]
+    texts = [fill(random.Random(f"caption {number}").choice(own.PROMPTS["templates"]["n30"]), values)
              for values, number in zip(truth, numbers, strict=True)]
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, texts, truth
+    return drawings(numbers), texts, truth
 
 
 def faults(cell: Faults) -> dict[str, Any]:
@@ -470,8 +440,7 @@ def faults_table(result: Mapping[str, Any], real: np.ndarray) -> pd.DataFrame:
                 low, high = change.low, change.high
             low, high = sorted((sign * low, sign * high))
             told = "-" if not i else "yes" if high < 0 else "wrongly better" if low > 0 else "no"
-            found.append({"fault": fault, "what": FAULTS[fault], "metric": metric, "value": one.value, "low": one.low,
-                          "high": one.high, "n": one.n, "notices": told})
+            found.append({"fault": fault, "what": FAULTS[fault], "metric": metric, **asdict(one), "notices": told})
     return pd.DataFrame(found)
 
 
@@ -527,12 +496,12 @@ def fairness_table(cells: Sequence[Batch], results: Sequence[Mapping[str, Any]],
                     if not at.any():
                         continue
                     one = proportion_ci(values[i, at]) if metric == "right" else _mean(values[i, at])
-                    found.append(head | {"asked": value} | _ends(one))
+                    found.append(head | {"asked": value} | asdict(one))
                     if method[0] in VARIANTS[1:] and at.sum() > 1:
                         change = surely(paired_difference_ci, values[i, at], values[base, at])
-                        found.append(head | {"asked": value, "against": "obclip"} | _ends(change))
-                if len(metrics.by_group(values[i], labels)) > 1:
-                    found.append(head | {"asked": "gap"} | _ends(metrics.gap_ci(values[i], labels)))
+                        found.append(head | {"asked": value, "against": "obclip"} | asdict(change))
+                if len(metrics.groups(values[i], labels)) > 1:
+                    found.append(head | {"asked": "gap"} | asdict(metrics.gap_ci(values[i], labels)))
     table = pd.DataFrame(found)
     table["against"] = table.get("against")
     return table[["attribute", "asked", "metric", "method", "k", "value", "low", "high", "n", "against"]]
@@ -541,10 +510,6 @@ def fairness_table(cells: Sequence[Batch], results: Sequence[Mapping[str, Any]],
 def _mean(values: np.ndarray) -> Interval:
     """The mean with its interval, which few values do not have."""
     return surely(bootstrap_ci, values) if len(values) > 1 else Interval(float(values[0]), np.nan, np.nan, 1)
-
-
-def _ends(one: Interval) -> dict[str, float]:
-    return {"value": one.value, "low": one.low, "high": one.high, "n": one.n}
 
 
 def pivot_table(sets: Sequence[tuple[Sequence[Batch], Sequence[Mapping[str, Any]]]]) -> pd.DataFrame:
@@ -581,10 +546,10 @@ def pivot_table(sets: Sequence[tuple[Sequence[Batch], Sequence[Mapping[str, Any]
                         continue
                     head = {"candidates": len(asked[0].candidates), "k": k, "apart": distance, "metric": metric,
                             "method": method}
-                    found.append(head | _ends(_mean(values[at])))
+                    found.append(head | asdict(_mean(values[at])))
                     if method == VARIANTS[2] and at.sum() > 1:
                         change = surely(paired_difference_ci, values[at], scores[metric, VARIANTS[1]][at])
-                        found.append(head | _ends(change) | {"against": VARIANTS[1]})
+                        found.append(head | asdict(change) | {"against": VARIANTS[1]})
     columns = ["candidates", "k", "apart", "metric", "method", "value", "low", "high", "n", "against"]
     return pd.DataFrame(found, columns=columns)
 
@@ -821,9 +786,7 @@ def tell_claims(table: pd.DataFrame) -> str:
 
 def compare(world: str, text: str, seed: int = 0, k: int = 10) -> tuple[torch.Tensor, pd.DataFrame]:
     """One prompt drawn by every system: pictures (M, 3, H, W), and a row a system with what the judge says of it."""
-    here, prompt = loaded(world), parse(text)
-    names = candidate_values(prompt)
-    case = Case(candidates(prompt), names, real_index(prompt), seed)
+    here, case = loaded(world), request(text, seed)
     own, T = case.candidates[case.index], here.T
     walks = walk(here, "cloud", [own], [seed], noise(here, "cloud", T, [seed]), [k, T])
     ends = {"cloud-only": walks[T].latents}

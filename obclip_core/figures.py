@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import style
+from matplotlib import rcParams, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator
 
 from obclip_core.provenance import write_whole
 
@@ -133,10 +134,11 @@ def lines(
     """
     with styled():
         figure, panels = _panels(table, panel, ylabel, width)
+        looks = _looks(table, by)
         for axes, part in panels:
             for name, group in _groups(part.dropna(subset=[y]), by):
                 group = group.sort_values(x)
-                (line,) = axes.plot(group[x], group[y], label=name)
+                (line,) = axes.plot(group[x], group[y], label=name, **looks[name])
                 if low and high:
                     axes.fill_between(group[x], group[low], group[high], alpha=0.2, color=line.get_color(), lw=0)
             axes.set_xlabel(xlabel)
@@ -154,6 +156,7 @@ def dots(
     with styled():
         figure, panels = _panels(table, panel, "", width)
         figure.set_figheight(max(1.6, 0.8 + 0.28 * len(names)))
+        looks = _looks(table, by)
         for axes, part in panels:
             groups = list(_groups(part, by))
             for number, (name, group) in enumerate(groups):
@@ -162,8 +165,8 @@ def dots(
                 error = None
                 if low and high:
                     error = np.maximum(0, [group[x] - group[low], group[high] - group[x]])
-                marker = "os^DvPXh"[number % 8]
-                axes.errorbar(group[x], at, xerr=error, fmt=marker, lw=1.2, capsize=2, label=name)
+                look = {"color": looks[name]["color"], "fmt": "os^DvPXh"[list(looks).index(name) % 8]}
+                axes.errorbar(group[x], at, xerr=error, lw=1.2, capsize=2, label=name, **look)
             if reference is not None:
                 axes.axvline(reference, color="0.3", ls="--", lw=1)
             axes.set_yticks(range(len(names)), names)
@@ -214,6 +217,7 @@ def heat_maps(
         for axes, name in zip(grid[:, 0], rows, strict=True):
             axes.set_ylabel(name)
         figure.colorbar(image, ax=grid, label=label, shrink=0.9)
+        _make_room(figure)
     return figure
 
 
@@ -265,6 +269,12 @@ def _groups(table: pd.DataFrame, by: str | None) -> Iterator[tuple[str, pd.DataF
         yield ("" if value is None else str(value)), table if value is None else table[table[by] == value]
 
 
+def _looks(table: pd.DataFrame, by: str | None) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each value of by, the same in every panel, also where a panel lacks some of them."""
+    cycle = list(rcParams["axes.prop_cycle"])
+    return {name: cycle[number % len(cycle)] for number, (name, _) in enumerate(_groups(table, by))}
+
+
 def _panels(table: pd.DataFrame, by: str | None, ylabel: str, width: float | None):
     groups = list(_groups(table, by))
     figure = new_figure(width or 1.2 + 3.2 * len(groups), 3.0)
@@ -282,8 +292,9 @@ def _scales(axes: Axes, log: str) -> None:
 def _legend(axes: Axes, by: str | None) -> None:
     if by:
         figure = axes.get_figure()
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, title=by.replace("_", " "), loc="outside right upper")
+        pairs = [zip(*one.get_legend_handles_labels(), strict=True) for one in figure.axes]
+        found = {label: handle for part in pairs for handle, label in part}
+        figure.legend(found.values(), found.keys(), title=by.replace("_", " "), loc="outside right upper")
 
 
 # One function a figure
@@ -807,8 +818,8 @@ def quality_systems(table: pd.DataFrame) -> Figure:
             N = "" if pd.isna(row.candidates) else f" (N = {row.candidates:g})"
             axes.annotate(str(number), (max(row.cloud_gmacs, 0), row.attribute_accuracy), (4, 4), fontsize=6.5,
                           textcoords="offset points")
-            handles.append(Line2D([], [], ls="", marker=f"${number}$", color="black", label=f"{row.system}{N}"))
-        figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=6.5)
+            handles.append(Line2D([], [], ls="", label=f"{number}  {row.system}{N}"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=6.5, handlelength=0)
         axes.set(xlabel="the cloud's multiply-adds a picture (billions)", ylabel="attribute accuracy (more is better)",
                  xscale="symlog")
         axes.set_xlim(-0.3, 12 * max(1.0, float(x.max())))
@@ -885,6 +896,7 @@ def beyond_frontier(table: pd.DataFrame) -> Figure:
             if N in most:
                 axes.axvline(most[N], color="0.4", ls=":", lw=1)
             axes.set(xscale="log", xlabel="cloud's work (plain generations)", title=f"N = {N}")
+            axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
         figure.axes[0].set_ylabel("latent error (multiples of the spread)")
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper")

@@ -153,3 +153,16 @@ def test_the_style_is_not_left_behind_and_pyplot_is_not_used():
     assert dict(rcParams) == before
     code = "import sys; from obclip_core import figures; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("draw", [
+    lambda table: figures.dots(table, "value", "what", by="method", panel="panel", xlabel=""),
+    lambda table: figures.lines(table, "step", "value", by="method", panel="panel", xlabel="step", ylabel="value"),
+])  # fmt: skip
+def test_a_method_keeps_its_colour_in_a_panel_that_lacks_another(draw):
+    rows = [(panel, method) for panel, some in (("left", "abc"), ("right", "bc")) for method in some]
+    table = pd.DataFrame(rows, columns=["panel", "method"]).assign(value=1.0, what="x", step=0)
+    figure = draw(table)
+    colours = [{label: part[0].get_color() if isinstance(part, tuple) else part.get_color()
+                for part, label in zip(*axes.get_legend_handles_labels(), strict=True)} for axes in figure.axes]
+    assert colours[1] == {name: colours[0][name] for name in "bc"} and len(set(colours[0].values())) == 3

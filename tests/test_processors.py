@@ -24,7 +24,7 @@ prompt = parse("an old woman by the sea, smiling, in a red hoodie, with glasses"
 secret = Secret(real_index(prompt))
 found = {}
 for name, schedule in (("plain", Schedule()), ("accelerated", Schedule.points(5, 3, 3))):
-    offer = Offer(candidates(prompt), seed=3, split=Split(T=25, k=5), schedule=schedule)
+    offer = Offer(candidates(prompt), seed=3, split=Split(T=25, k=5), acceleration=schedule)
     picture = decode(world, finish(world, offer, run(world, offer), secret))
     right = judge.correct(picture, [candidate_values(prompt)[secret.index]])
     found[name] = {"picture": (255 * picture).tolist(), "right": {key: bool(value[0]) for key, value in right.items()}}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -294,22 +295,23 @@ def _error(latents: np.ndarray, exact: np.ndarray) -> dict[str, float]:
 
 
 def targets(table: pd.DataFrame) -> pd.DataFrame:
-    """For each N at k = 5: the method nearest to exact ObCLIP within the target's work, and whether it keeps all of it.
+    """For each N and k: the method nearest to exact ObCLIP within the target's work, and whether it keeps all of it.
 
     Rows (candidates, k, target, method, cloud_work_ratio, accuracy_drop_points with its interval, latent_error, the
-    controls' drops, verdict). The drop decides by its interval; better than a control: a smaller latent error.
+    controls' drops, verdict). The drop decides by its interval; better than a control: a smaller latent error and a
+    smaller distance. An (N, k) at which no method is within the work has no row.
     """
     rows = []
-    for N, most in TARGETS.items():
-        part = table[(table.candidates == N) & (table.k == 5)]
+    for (N, most), k in product(TARGETS.items(), POINTS):
+        part = table[(table.candidates == N) & (table.k == k)]
         able = part[(part.cloud_work_ratio <= most) & (part.kind != "control")]
-        if part.empty or able.empty:
+        if able.empty:
             continue
         best, controls = able.loc[able.latent_error.idxmin()], part[part.kind == "control"]
         beats = bool((best.latent_error < controls.latent_error).all() and (best.distance < controls.distance).all())
         low, high = best.accuracy_drop_points_low, best.accuracy_drop_points_high
         verdict = "broken" if not beats or low > DROP else "kept" if high <= DROP else "undecided"
-        rows.append({"candidates": N, "k": 5, "target": most, "method": best.method,
+        rows.append({"candidates": N, "k": k, "target": most, "method": best.method,
                      "cloud_work_ratio": best.cloud_work_ratio, "accuracy_drop_points": best.accuracy_drop_points,
                      "low": low, "high": high, "latent_error": best.latent_error, "distance": best.distance,
                      "better_than_controls": beats, **{name.replace(" ", "_") + "_drop": _of(controls, name)

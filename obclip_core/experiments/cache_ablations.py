@@ -8,6 +8,7 @@ to the same picture (``few`` and its test), while multiply-adds, seconds and byt
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import sys
 import tomllib
@@ -44,7 +45,7 @@ METRICS = {"distance": ("distance from the unaccelerated picture", False), "kid"
 STEPS = {"none": NONE, "reuse": Schedule(reuse=(1,)), "reuse, map written out": Schedule(reuse=(1,), plain=True),
          "cache": Schedule(cache=(1,)), "skip": Schedule(skip=(1,)), "cache+skip": Schedule(cache=(1,), skip=(1,)),
          "tgate": Schedule.gate(2, 1), "encoder": Schedule(encoder=(1,)), "deepcache": Schedule(deepcache=(1,)),
-         "merge": Schedule(merge=(1,))}
+         "merge": Schedule(merge=(1,))}  # at the U-Net's own depth: ``merging``
 PAPER = {5: PAPER_K5, 10: PAPER_K10}
 
 
@@ -209,6 +210,12 @@ class Variant:
         return Quality(world, SETS[self.N], count, seed, self.k, self.schedule)
 
 
+def merging(shape: cost.Shape, steps: Sequence[int]) -> Schedule:
+    """Token Merging in these steps, at the finest level of the U-Net that has self-attention."""
+    finest = max(op.grid[0] for op in shape.ops if op.attention == "attn1")
+    return Schedule(merge=tuple(steps), merge_depth=math.ceil(math.log2(shape.latent[1] / finest)))
+
+
 def variants(shape: cost.Shape, r: Sequence[int] = (), s: Sequence[int] = (), refresh: Sequence[int | None] = (),
              pivots: Sequence[int] = (), short: bool = False) -> tuple[Variant, ...]:
     """All lines of the ablation around the paper's points k = 10, r = 4, s = 6; ``short`` leaves most of them out."""
@@ -224,7 +231,7 @@ def variants(shape: cost.Shape, r: Sequence[int] = (), s: Sequence[int] = (), re
                   at("skip", "technique", Schedule.points(10, 10, 6)),
                   at("cache+reuse", "technique", Schedule.points(10, 4)),
                   at("skip+reuse", "technique", replace(reuse, skip=both.skip)),
-                  at("merge", "technique", Schedule(merge=tuple(range(10))))]
+                  at("merge", "technique", merging(shape, range(10)))]
     throughout = tuple(range(10))
     found += [at("reuse throughout", "reach of reuse", Schedule(reuse=throughout))]
     if not short:
@@ -634,7 +641,7 @@ def single_steps(cell: Timing) -> dict[str, Any]:
 
     with torch.no_grad(), ExitStack() as stack:
         runs = {}
-        for name, schedule in STEPS.items():
+        for name, schedule in (STEPS | {"merge": merging(shape_of(world), STEPS["merge"].merge)}).items():
             at = stack.enter_context(schedule.applied(unet, candidates=cell.N, guided=text.guided))
             step(at, 0)
             runs[name] = partial(step, at, 1)
@@ -651,7 +658,7 @@ def steps_table(shape: cost.Shape, timings: Sequence[Timing], results: Sequence[
     rows = []
     for one in (shape, *others):
         for cell in timings:
-            for name, schedule in STEPS.items():
+            for name, schedule in (STEPS | {"merge": merging(one, STEPS["merge"].merge)}).items():
                 ratio = cost.step_macs(one, schedule, 1, cell.N) / cost.step_macs(one, NONE, 1, cell.N)
                 rows.append({"world": one.name, "technique": name, "candidates": cell.N, "what": "multiply-adds",
                              "ratio": ratio, "low": ratio, "high": ratio})

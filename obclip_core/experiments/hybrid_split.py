@@ -243,7 +243,7 @@ def gathered(cells: Sequence[Any], results: Sequence[Mapping[str, Any]], names: 
     """Arrays of all cells with prompts and seeds as the axes after the leading ones: (..., P, S) or (..., P, S, D)."""
     found = {}
     for name in names:
-        at = results[0][name].ndim - (2 if name == "features" else 1)
+        at = results[0][name].ndim - (2 if name in ("features", "probabilities") else 1)
         pairs = list(zip(cells, results, strict=True))
         by_seed = [np.concatenate([result[name] for cell, result in pairs if cell.seed == seed], axis=at)
                    for seed in dict.fromkeys(cell.seed for cell in cells)]

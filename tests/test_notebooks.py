@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
 import sys
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 from obclip_core import notebooks
 from obclip_core.notebooks import NotebookError
@@ -219,3 +223,14 @@ def test_outputs_are_published_from_an_up_to_date_run_of_the_default_parameters(
 def test_tests_do_not_write_into_results():
     assert not Setting("smoke").folder.is_relative_to(ROOT)
     assert sys.version_info[:2] == (3, 11)
+
+
+def test_a_stored_picture_is_the_figure_in_fewer_bytes():
+    grain = np.random.default_rng(0).integers(0, 12, (200, 300, 3))
+    grain += np.linspace(0, 240, 300).astype(int)[None, :, None]
+    buffer = io.BytesIO()
+    Image.fromarray(grain.astype(np.uint8)).save(buffer, "png")
+    figure = base64.b64encode(buffer.getvalue()).decode()
+    shown = Image.open(io.BytesIO(base64.b64decode(notebooks._small(figure))))
+    assert shown.size == (300, 200) and len(notebooks._small(figure)) < 0.6 * len(figure)
+    assert np.abs(np.asarray(shown.convert("RGB")).astype(int) - grain).mean() < 8

@@ -179,14 +179,14 @@ def draw_svg(values: dict[str, str], seed: int) -> str:
     return _canvas(f'{behind}<g transform="{place}">{body}{wrinkles(rng, values["age"])}</g>')
 
 
-def _pixels(svg: str, size: int) -> np.ndarray:
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+def _pixels(svg: str) -> np.ndarray:
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True)
     return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
 
 
 def draw(values: dict[str, str], seed: int) -> np.ndarray:
     """One picture, (64, 64, 3) uint8."""
-    return _pixels(draw_svg(values, seed), SIZE)
+    return _pixels(draw_svg(values, seed))
 
 
 def where_words_show(values: dict[str, str], seed: int, size: int) -> np.ndarray:
@@ -195,5 +195,5 @@ def where_words_show(values: dict[str, str], seed: int, size: int) -> np.ndarray
     face = '<ellipse cx="132" cy="132" rx="46" ry="50" fill="#fff"/>'
     garment = '<rect x="56" y="186" width="152" height="94" fill="#808080"/>'
     black = f'<rect width="{SIZE}" height="{SIZE}"/>'
-    large = _pixels(_canvas(f'{black}<g transform="{place}">{face}{garment}</g>'), SIZE)[:, :, 0] / 255
+    large = _pixels(_canvas(f'{black}<g transform="{place}">{face}{garment}</g>'))[:, :, 0] / 255
     return large.reshape(size, SIZE // size, size, SIZE // size).mean((1, 3))

@@ -217,6 +217,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def answers_of(values: list[dict[str, str]]) -> dict[str, Tensor]:
+    """For each attribute and word, the number of the right value of every picture, (N,)."""
+    return {k: torch.tensor([v.index(row[k]) for row in values], device=DEVICE) for k, v in VALUES.items()}
+
+
 def tokens_of(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
     return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(DEVICE)
 
@@ -247,7 +252,7 @@ def train_text() -> None:
     vision = ScorerNet({"heads": {k: list(v) for k, v in VALUES.items()}, "vocabulary": ["a"], "dim": s["width"]})
     heads = nn.ModuleDict({name: nn.Linear(s["width"], len(found)) for name, found in VALUES.items()})
     both = nn.ModuleDict({"text": text, "vision": vision, "heads": heads}).to(DEVICE)
-    answers = {k: torch.tensor([v.index(row[k]) for row in values], device=DEVICE) for k, v in VALUES.items()}
+    answers = answers_of(values)
     # The scorer net's own text tower has no part in this: the text model takes its place.
     for name, p in vision.named_parameters():
         p.requires_grad_(not name.startswith(("token", "position", "encoder", "text_projection")))
@@ -276,7 +281,7 @@ def train_scorer() -> None:
     images, values = pictures("scorer", SETTINGS["pictures"]["scorer"])
     vocabulary = sorted(make_tokenizer().get_vocab().keys() - {"<|startoftext|>", "<|endoftext|>", "<unk>"})
     net = ScorerNet({"heads": {k: list(v) for k, v in VALUES.items()}, "vocabulary": vocabulary}).to(DEVICE)
-    answers = {k: torch.tensor([v.index(row[k]) for row in values], device=DEVICE) for k, v in VALUES.items()}
+    answers = answers_of(values)
 
     def losses(rng: random.Random, size: int) -> dict[str, Tensor]:
         rows, x = batch_of(rng, images, size)

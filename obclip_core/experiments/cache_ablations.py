@@ -45,7 +45,7 @@ METRICS = {"distance": ("distance from the unaccelerated picture", False), "kid"
 STEPS = {"none": NONE, "reuse": Schedule(reuse=(1,)), "reuse, map written out": Schedule(reuse=(1,), plain=True),
          "cache": Schedule(cache=(1,)), "skip": Schedule(skip=(1,)), "cache+skip": Schedule(cache=(1,), skip=(1,)),
          "tgate": Schedule.gate(2, 1), "encoder": Schedule(encoder=(1,)), "deepcache": Schedule(deepcache=(1,)),
-         "merge": Schedule(merge=(1,))}  # at the U-Net's own depth: ``merging``
+         "merge": Schedule(merge=(1,))}  # at the U-Net's own depth: ``steps_of``
 PAPER = {5: PAPER_K5, 10: PAPER_K10}
 
 
@@ -214,6 +214,11 @@ def merging(shape: cost.Shape, steps: Sequence[int]) -> Schedule:
     """Token Merging in these steps, at the finest level of the U-Net that has self-attention."""
     finest = max(op.grid[0] for op in shape.ops if op.attention == "attn1")
     return Schedule(merge=tuple(steps), merge_depth=math.ceil(math.log2(shape.latent[1] / finest)))
+
+
+def steps_of(shape: cost.Shape) -> dict[str, Schedule]:
+    """STEPS, with Token Merging where this U-Net can merge."""
+    return STEPS | {"merge": merging(shape, STEPS["merge"].merge)}
 
 
 def variants(shape: cost.Shape, r: Sequence[int] = (), s: Sequence[int] = (), refresh: Sequence[int | None] = (),
@@ -641,7 +646,7 @@ def single_steps(cell: Timing) -> dict[str, Any]:
 
     with torch.no_grad(), ExitStack() as stack:
         runs = {}
-        for name, schedule in (STEPS | {"merge": merging(shape_of(world), STEPS["merge"].merge)}).items():
+        for name, schedule in steps_of(shape_of(world)).items():
             at = stack.enter_context(schedule.applied(unet, candidates=cell.N, guided=text.guided))
             step(at, 0)
             runs[name] = partial(step, at, 1)
@@ -658,7 +663,7 @@ def steps_table(shape: cost.Shape, timings: Sequence[Timing], results: Sequence[
     rows = []
     for one in (shape, *others):
         for cell in timings:
-            for name, schedule in (STEPS | {"merge": merging(one, STEPS["merge"].merge)}).items():
+            for name, schedule in steps_of(one).items():
                 ratio = cost.step_macs(one, schedule, 1, cell.N) / cost.step_macs(one, NONE, 1, cell.N)
                 rows.append({"world": one.name, "technique": name, "candidates": cell.N, "what": "multiply-adds",
                              "ratio": ratio, "low": ratio, "high": ratio})

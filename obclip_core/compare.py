@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from obclip_core.provenance import ROOT
-from obclip_core.sweep import PRESETS, Setting
+from obclip_core.sweep import Setting, add_arguments
 
 ABSOLUTE, RELATIVE = 0.01, 0.05
 TIMED = re.compile(r"second|latency|overhead|_s$", re.I)
@@ -114,9 +114,7 @@ def tell(found: pd.DataFrame, count: int, against: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m obclip_core.compare", description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="*", type=Path, metavar="OLD NEW", help="two results folders")
-    parser.add_argument("--preset", choices=PRESETS, default="quick")
-    parser.add_argument("--world", default="portraits", help="a name in data/worlds, a folder or a hub id")
-    parser.add_argument("--seed", type=int, default=0)
+    add_arguments(parser)
     chosen = parser.parse_args(arguments)
     if len(chosen.folders) not in (0, 2):
         parser.error("give two folders, OLD and NEW, or none")

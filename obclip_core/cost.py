@@ -70,6 +70,15 @@ class Shape:
     layers: int
 
 
+def unet_config(name: str) -> dict[str, Any]:
+    """The diffusers configuration of a U-Net of the paper, data/paper/unets; ValueError for a name not there."""
+    file = DATA / "unets" / f"{name}.json"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in file.parent.glob("*.json")))
+        raise ValueError(f"{name!r} is no U-Net of the paper: use one of {known}")
+    return json.loads(file.read_text("utf-8"))
+
+
 def shape(unet: str | Mapping[str, Any] | torch.nn.Module, size: int | tuple[int, int] | None = None,
           tokens: int = 77) -> Shape:
     """The shape of a ``UNet2DConditionModel``: a name of data/paper/unets, a diffusers configuration, or a model.
@@ -78,11 +87,7 @@ def shape(unet: str | Mapping[str, Any] | torch.nn.Module, size: int | tuple[int
     are laid out on the meta device: no weight is made. ValueError for a name that is not there.
     """
     name = unet if isinstance(unet, str) else "unet"
-    if isinstance(unet, str):
-        if not (file := DATA / "unets" / f"{unet}.json").is_file():
-            known = ", ".join(sorted(path.stem for path in file.parent.glob("*.json")))
-            raise ValueError(f"{unet!r} is no U-Net of the paper, expected one of {known}")
-        unet = json.loads(file.read_text("utf-8"))
+    unet = unet_config(unet) if isinstance(unet, str) else unet
     if not isinstance(unet, torch.nn.Module):
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(dict(unet))

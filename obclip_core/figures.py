@@ -385,8 +385,7 @@ def cache_fronts(table: pd.DataFrame, metrics: Mapping[str, tuple[str, bool]]) -
             best = table[front(table["macs_ratio"], -table[name] if more else table[name])].sort_values("macs_ratio")
             axes.plot(100 * best["macs_ratio"], best[name], color="0.4", ls="--", lw=1, marker="", zorder=0,
                       label="Pareto front")
-            axes.set(xlabel="multiply-adds left (%)", ylabel=name.replace("_", " "))
-            axes.set_title(f"{label} ({'more' if more else 'less'} is better)")
+            axes.set(xlabel="multiply-adds left (%)", ylabel=label, title=f"{'more' if more else 'less'} is better")
         for axes in list(grid.flat)[len(shown):]:
             axes.set_axis_off()
         handles, labels = grid[0, 0].get_legend_handles_labels()
@@ -617,7 +616,7 @@ def split_sweep(table: pd.DataFrame, metrics: Mapping[str, str]) -> Figure:
             axes.set_title(f"{label} ({better} is better)")
         for axes in grid[-1]:
             axes.set_xlabel("the cloud's share of the steps (%)")
-        grid.flat[0].legend()
+        figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -768,7 +767,7 @@ def quality_bias(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def quality_notices(table: pd.DataFrame) -> Figure:
+def quality_notices(table: pd.DataFrame, labels: Mapping[str, tuple[str, bool]]) -> Figure:
     """Which metric notices which fault: a row a metric, a column a fault. Columns metric, fault, value, notices."""
     colours = {"-": "white", "yes": COLOURS[2], "no": "0.85", "wrongly better": COLOURS[1]}
     metrics, faults = (list(dict.fromkeys(table[name])) for name in ("metric", "fault"))
@@ -782,7 +781,7 @@ def quality_notices(table: pd.DataFrame) -> Figure:
             axes.text(x, y, f"{row.value:.3g}{told}", ha="center", va="center", fontsize=7)
         axes.set(xlim=(-0.5, len(faults) - 0.5), ylim=(len(metrics) - 0.5, -0.5))
         axes.set_xticks(range(len(faults)), faults)
-        axes.set_yticks(range(len(metrics)), [name.replace("_", " ") for name in metrics])
+        axes.set_yticks(range(len(metrics)), [labels[name][0] for name in metrics])
         axes.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False)
         _bare(axes)
     return figure
@@ -875,9 +874,8 @@ def quality_claims(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def beyond_frontier(table: pd.DataFrame) -> Figure:
-    """Work of the cloud against the error of the latents, a panel a number of candidates, with target and controls."""
-    most = {30: 1.0, 6: 0.4, 2: 0.25}
+def beyond_frontier(table: pd.DataFrame, most: Mapping[int, float]) -> Figure:
+    """The cloud's work against the error of the latents, a panel a number of candidates; ``most`` is its target."""
     with styled():
         panels = sorted(set(table["candidates"]), reverse=True)
         figure = new_figure(1.4 + 3.1 * len(panels), 3.4)

@@ -351,6 +351,22 @@ class Scorer:
         """Return :func:`correct` of all heads."""
         return correct(self.heads(images), self.values, truth)
 
+    def judge(self, images: Tensor, texts: Sequence[str], truth: Sequence[Mapping[str, str]]) -> dict[str, np.ndarray]:
+        """Return all that tables ask of pictures with a text and values each, as arrays.
+
+        clip_score, attribute_accuracy, context_accuracy (N,), nan where nothing asked has a classifier; features (N, D)
+        and probabilities (N, classes).
+        """
+        right = self.correct(images, truth)
+        context = set(right) - set(SENSITIVE)
+        return {
+            "clip_score": clip_scores(self.similarity(images, texts)),
+            "attribute_accuracy": attribute_accuracy(right),
+            "context_accuracy": context_accuracy(right) if context else np.full(len(images), np.nan),
+            "features": self.features(images).numpy(),
+            "probabilities": self.probabilities(images).numpy(),
+        }
+
 
 def scorer(world) -> Scorer:
     """Return the scorer of a world: of its ``scorer`` entry, or of a folder given directly.

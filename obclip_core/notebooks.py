@@ -27,7 +27,7 @@ import nbformat
 from PIL import Image
 
 from obclip_core.provenance import ROOT, digest, imports, sources, write_whole
-from obclip_core.sweep import PRESETS, Setting
+from obclip_core.sweep import Setting, add_arguments
 
 PARAMETERS = {"preset": "quick", "world": "portraits", "seed": 0}
 UNUSED = "ignore:IProgress not found"  # tqdm's word, with a path of this machine, on a widget that nothing here uses
@@ -270,9 +270,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m obclip_core.notebooks", description=__doc__.split("\n")[0])
     parser.add_argument("only", nargs="*", metavar="NN", help="beginnings of the names of those to run; else all")
-    parser.add_argument("--preset", choices=PRESETS, default="quick")
-    parser.add_argument("--world", default="portraits", help="a name in data/worlds, a folder or a hub id")
-    parser.add_argument("--seed", type=int, default=0)
+    add_arguments(parser)
     parser.add_argument("--publish", action="store_true", help="store the last run's outputs in notebooks/ instead")
     chosen = parser.parse_args(arguments)
     try:

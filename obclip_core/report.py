@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from obclip_core.provenance import ROOT, write_whole
-from obclip_core.sweep import PRESETS, Setting
+from obclip_core.sweep import Setting, add_arguments
 
 PAPER = ROOT / "data" / "paper"
 KEYS = ["world", "method", "k", "candidates"]
@@ -188,9 +188,7 @@ def _cell(value: object) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m obclip_core.report", description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", choices=PRESETS, default="quick")
-    parser.add_argument("--world", default="portraits", help="a name in data/worlds, a folder or a hub id")
-    parser.add_argument("--seed", type=int, default=0)
+    add_arguments(parser)
     parser.add_argument("--readme", type=Path, help="a text whose numbers are read anew from results/ too")
     chosen = parser.parse_args(arguments)
     try:

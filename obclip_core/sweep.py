@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -67,6 +68,13 @@ class Setting:
 
 def _results() -> Path:
     return Path(os.environ.get("OBCLIP_RESULTS") or ROOT / "results")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options --preset, --world and --seed, from which a command makes its Setting."""
+    parser.add_argument("--preset", choices=PRESETS, default="quick")
+    parser.add_argument("--world", default="portraits", help="a name in data/worlds, a folder or a hub id")
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def setting(preset: str, world: str, seed: int) -> Setting:

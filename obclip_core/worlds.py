@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import math
 import re
 import socket
@@ -27,6 +26,8 @@ import diffusers
 import huggingface_hub
 import torch
 import transformers
+
+from obclip_core.cost import unet_config
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 SIDES = ("cloud", "device")
@@ -175,17 +176,11 @@ def untrained(unet: str | Mapping[str, Any], torch_device: str | torch.device = 
     """A cloud with random weights: it costs what the real one costs, and draws nothing.
 
     ``unet`` is a name of data/paper/unets or a diffusers configuration. The text encoders are shallow and random as
-    well; there is no device and no VAE. float16 on a GPU, float32 elsewhere. WorldError for a name that is not there.
+    well; there is no device and no VAE. float16 on a GPU, float32 elsewhere. ValueError for a name that is not there.
     """
-    name = unet if isinstance(unet, str) else "unet"
-    if isinstance(unet, str):
-        file = DATA / "paper" / "unets" / f"{unet}.json"
-        if not file.is_file():
-            known = ", ".join(sorted(path.stem for path in file.parent.glob("*.json")))
-            raise WorldError(f"{unet!r} is no U-Net of the paper: use one of {known}")
-        unet = json.loads(file.read_text("utf-8"))
+    name, config = (unet, unet_config(unet)) if isinstance(unet, str) else ("unet", dict(unet))
     with torch.device(torch_device):
-        cloud = diffusers.UNet2DConditionModel.from_config(dict(unet))
+        cloud = diffusers.UNet2DConditionModel.from_config(config)
         config, sizes = cloud.config, (cloud.config.cross_attention_dim,)
         if config.addition_embed_type == "text_time":  # SDXL: the states of two encoders, and the pooled one's beside
             pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim

@@ -147,7 +147,7 @@ def test_the_tables_are_told_and_drawn(measured, tmp_path):
                           "latent_error_low": 0.1, "latent_error_high": 0.4})
     assert "s = 2, 0.200" in study.tell_gains(gains)
     shapes = study.shapes_table(["sd14"], (2, 6), (5,))
-    for name, figure in (("a", figures.beyond_frontier(table)), ("b", figures.beyond_gains(gains)),
+    for name, figure in (("a", figures.beyond_frontier(table, study.TARGETS)), ("b", figures.beyond_gains(gains)),
                          ("c", figures.beyond_shapes(shapes)),
                          ("d", figures.beyond_pictures(np.zeros((2, 3, 3, 8, 8)), ["exact", "paper"]))):
         figures.save_figure(figure, name, tmp_path)

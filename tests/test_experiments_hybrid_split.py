@@ -91,7 +91,7 @@ def test_the_sweep_has_one_picture_a_prompt_seed_order_and_share(swept):
     assert [(cell.first, cell.count, cell.seed, cell.shown) for cell in cells] == [
         (0, 2, 0, 1), (2, 1, 0, 0), (0, 2, 1, 0), (2, 1, 1, 0)]
     whole = split.gathered(cells, results, ("features", *split.SCORES))
-    assert whole["features"].shape == (2, 4, 3, 2, 8) and whole["accuracy"].shape == (2, 4, 3, 2)
+    assert whole["features"].shape == (2, 4, 3, 2, 8) and whole["attribute_accuracy"].shape == (2, 4, 3, 2)
     assert results[0]["pictures"].shape[:3] == (2, 4, 1)
     for end in (0, 3):  # who goes first does not matter when one side takes all steps
         assert np.array_equal(whole["features"][0, end], whole["features"][1, end])
@@ -116,11 +116,13 @@ def test_the_split_table_pairs_orders_and_names_its_numbers(swept):
     assert len(single) == 8 and set(single.share) == {0.0, 20.0, 40.0, 100.0} and set(single.n) == {6}
     row = single[(single.order == "cloud-first") & (single.k == 2)].iloc[0]
     whole = split.gathered(cells, results, split.SCORES)
-    assert row.accuracy == pytest.approx(whole["accuracy"][0, 2].mean())
-    assert row.accuracy_low <= row.accuracy <= row.accuracy_high and row.fid > 0 and "biased" in row.fid_note
+    assert row.attribute_accuracy == pytest.approx(whole["attribute_accuracy"][0, 2].mean())
+    assert row.attribute_accuracy_low <= row.attribute_accuracy <= row.attribute_accuracy_high
+    assert row.fid > 0 and "biased" in row.fid_note
     pair = table[table.against_order == "device-first"]
     assert list(pair.share) == [20.0, 40.0]
-    assert pair.context.iloc[1] == pytest.approx((whole["context"][0, 2] - whole["context"][1, 2]).mean())
+    context = whole["context_accuracy"]
+    assert pair.context_accuracy.iloc[1] == pytest.approx((context[0, 2] - context[1, 2]).mean())
     kid = {order: single[(single.order == order) & (single.k == 2)].kid.iloc[0] for order in split.ORDERS}
     assert pair.kid.iloc[1] == pytest.approx(kid["cloud-first"] - kid["device-first"], abs=1e-9)
     assert "up to 40 %" in split.finding(table) and len(split.restart_table(cells, results)) == 4

@@ -229,7 +229,7 @@ def test_a_fault_is_noticed_by_the_metric_that_looks_there():
     assert seen["attribute_accuracy", "soft"] == "wrongly better" and seen["kid", "intact"] == "-"
     told = study.tell_faults(table)
     assert "CLIP score notices swapped; does not notice soft" in told and "an improvement" in told
-    assert figures.quality_notices(table) is not None
+    assert figures.quality_notices(table, study.METRICS) is not None
 
 
 def test_each_fault_does_what_it_says():

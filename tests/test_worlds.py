@@ -173,5 +173,5 @@ def test_a_cloud_with_random_weights_runs_as_a_real_one_does(sdxl):
 
 
 def test_an_unknown_architecture_is_refused_by_name():
-    with pytest.raises(worlds.WorldError, match="'sd9' is no U-Net of the paper: use one of bk-sdm-small"):
+    with pytest.raises(ValueError, match="'sd9' is no U-Net of the paper: use one of bk-sdm-small"):
         worlds.untrained("sd9")

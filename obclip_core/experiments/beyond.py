@@ -204,11 +204,9 @@ def measure(cell: Frontier) -> dict[str, Any]:
     seeds = [case.seed for case in asked for _ in picks]
     for way, given in handed.items():
         images = decode(world, finished(world, method.split, given, texts, seeds))
-        right = judge.correct(images, truth)
-        found |= {f"{way}/pictures": (images * 255).round().to(torch.uint8),
-                  f"{way}/features": judge.features(images),
-                  f"{way}/attribute_accuracy": metrics.attribute_accuracy(right),
-                  f"{way}/clip_score": metrics.clip_scores(judge.similarity(images, texts))}
+        told = judge.judge(images, texts, truth)
+        found[f"{way}/pictures"] = (images * 255).round().to(torch.uint8)
+        found |= {f"{way}/{name}": told[name] for name in ("features", "attribute_accuracy", "clip_score")}
     found["latents"] = torch.stack(found["latents"])
     return {key: np.array(value) if isinstance(value, list) else value for key, value in found.items()}
 

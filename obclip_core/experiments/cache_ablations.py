@@ -140,20 +140,17 @@ class Quality:
 
 
 def quality(cell: Quality) -> dict[str, Any]:
-    """Arrays, one row a prompt: pictures (bytes), features, clip_score, attribute_accuracy, context_accuracy, apart."""
+    """Arrays, one row a prompt: what ``Scorer.judge`` gives, pictures (bytes), and apart, from the pivot."""
     world = loaded(cell.world)
     judge, asked, latents = metrics.scorer(world), cases(world, cell.prompts, cell.count, cell.seed), []
     for case in asked:
         offer, secret = few(case, Split(T=world.T, k=cell.k), cell.schedule)
         latents.append(finish(world, offer, run(world, offer), secret))
     images = decode(world, torch.cat(latents)).cpu()
-    right = judge.correct(images, [case.values[case.index] for case in asked])
+    real = [(case.candidates[case.index], case.values[case.index]) for case in asked]
     return {
+        **judge.judge(images, *zip(*real, strict=True)),
         "pictures": (images * 255).round().to(torch.uint8),
-        "features": judge.features(images),
-        "clip_score": metrics.clip_scores(judge.similarity(images, [case.candidates[case.index] for case in asked])),
-        "attribute_accuracy": metrics.attribute_accuracy(right),
-        "context_accuracy": metrics.context_accuracy(right),
         "apart": np.array([case.apart(cell.schedule.pivot) for case in asked]),
     }
 

@@ -34,8 +34,9 @@ ORDERS = ("cloud-first", "device-first")
 SCHEDULERS = {"dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {}),
               "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}),  # latents are not confined to [-1, 1]
               "euler": (diffusers.EulerDiscreteScheduler, {})}
-SCORES = ("clip_score", "accuracy", "context")  # one value a picture; more is better
-NAMES = {"kid": "KID", "clip_score": "CLIP score", "accuracy": "attribute accuracy", "context": "context accuracy"}
+SCORES = ("clip_score", "attribute_accuracy", "context_accuracy")  # one value a picture; more is better
+NAMES = {"kid": "KID", "clip_score": "CLIP score", "attribute_accuracy": "attribute accuracy",
+         "context_accuracy": "context accuracy"}
 MODES = ("exact", "restart")
 
 
@@ -131,15 +132,8 @@ def scores(world: World, latents: Sequence[torch.Tensor], texts: Sequence[str], 
     judge, found = metrics.scorer(world), []
     for z in latents:
         images = decode(world, z)
-        right = judge.correct(images, truth)
-        found.append({
-            "features": judge.features(images).numpy(),
-            "probabilities": judge.probabilities(images).numpy(),
-            "clip_score": metrics.clip_scores(judge.similarity(images, texts)),
-            "accuracy": metrics.attribute_accuracy(right),
-            "context": metrics.context_accuracy(right),
-            "pictures": (images[:shown] * 255).round().to(torch.uint8).cpu().numpy(),
-        })
+        found.append(judge.judge(images, texts, truth)
+                     | {"pictures": (images[:shown] * 255).round().to(torch.uint8).cpu().numpy()})
     return {name: np.stack([one[name] for one in found]) for name in found[0]}
 
 
@@ -295,7 +289,7 @@ def split_table(cells: Sequence[Sweep], results: Sequence[Mapping[str, Any]], re
     """
     steps, T, at = cells[0].cloud_steps, cells[0].T, judged(cells, results, real)
     sets = {(order, k): at(i, j) for i, order in enumerate(ORDERS) for j, k in enumerate(steps)}
-    P, S = sets[ORDERS[0], steps[0]].values["accuracy"].shape
+    P, S = sets[ORDERS[0], steps[0]].values["attribute_accuracy"].shape
     rows = []
     for (order, k), one in sets.items():
         head = {"order": order, "share": 100 * k / T, "k": k, "n": P * S, "prompts": P, "seeds": S}
@@ -479,16 +473,15 @@ def shift_table(cells: Sequence[Shifts], results: Sequence[Mapping[str, Any]], r
     """
     cell, at = cells[0], judged(cells, results, real)
     sets = {method: at(i) for i, method in enumerate(cell.methods)}
-    P, S = sets["cloud-only"].values["accuracy"].shape
-    names = {"kid": "kid", "clip_score": "clip_score", "accuracy": "attribute_accuracy", "context": "context_accuracy"}
+    P, S = sets["cloud-only"].values["attribute_accuracy"].shape
     rows = []
 
     def add(method: str, against: str | None = None) -> None:
         k = cell.k if "shift" in method else np.nan
         head = {"world": f"{cell.world}-lcm", "method": method, "k": k, "candidates": 1}
-        for metric, name in names.items():
+        for metric in ("kid", *SCORES):
             one = sets[method].interval(metric, sets[against] if against else None)
-            rows.append(head | {"metric": name, **one.row(), "n": P * S, "against": against})
+            rows.append(head | {"metric": metric, **one.row(), "n": P * S, "against": against})
         if against is None:
             classes = sets[method].values["probabilities"].reshape(P * S, -1)
             found = metrics.inception_score_ci(classes, np.repeat(np.arange(P), S))
@@ -511,7 +504,7 @@ def shift_finding(table: pd.DataFrame, derived: int) -> pd.DataFrame:
     """By metric, the sweep's best shift beside the derived one, and the derived one's paired difference to the best."""
     rows = []
     cached = table[table.method.str.startswith("obclip+cache")]
-    for metric in ("kid", "clip_score", "attribute_accuracy", "context_accuracy"):
+    for metric in ("kid", *SCORES):
         part = cached[(cached.metric == metric) & cached.against.isna()]
         at = part.value.idxmin() if metric == "kid" else part.value.idxmax()
         best = int(part.method[at].split("=")[1])

@@ -177,16 +177,10 @@ def judged(world: worlds.World, latents: torch.Tensor, asked: Sequence[Case], cl
     truth = [case.values[case.index] for case in asked]
     heads, nothing = judge.heads(images), np.full(len(asked), np.nan)
     right = metrics.correct(heads, judge.values, truth)
-    context = [name for name in right if name not in metrics.SENSITIVE]
-    texts = [case.candidates[case.index] for case in asked]
     return {
-        "clip_score": metrics.clip_scores(judge.similarity(images, texts)),
-        "attribute_accuracy": metrics.attribute_accuracy(right),
-        "context_accuracy": metrics.context_accuracy(right) if context else nothing,
+        **judge.judge(images, [case.candidates[case.index] for case in asked], truth),
         "perceptual_distance": metrics.perceptual_distance(judge, images, theirs),
         "ssim": metrics.ssim(images, theirs),
-        "features": judge.features(images).numpy(),
-        "probabilities": judge.probabilities(images).numpy(),
         "right": np.stack([right.get(name, nothing) for name in ATTRIBUTES], -1),
         "found": np.stack([heads[name].argmax(-1).numpy() if name in heads else nothing for name in ATTRIBUTES], -1),
         "pictures": (images[:shown] * 255).round().to(torch.uint8).cpu().numpy(),
@@ -411,12 +405,8 @@ def faults(cell: Faults) -> dict[str, Any]:
     for fault in FAULTS:
         spoiled = faulty(images, fault)
         at = repeated(len(images)) if fault == "few" else torch.arange(len(images))  # a copy has its own caption
-        right = judge.correct(spoiled, [truth[i] for i in at])
-        found.append({"clip_score": metrics.clip_scores(judge.similarity(spoiled, [texts[i] for i in at])),
-                      "attribute_accuracy": metrics.attribute_accuracy(right),
-                      "features": judge.features(spoiled).numpy(),
-                      "probabilities": judge.probabilities(spoiled).numpy(),
-                      "pictures": (spoiled[:3] * 255).round().to(torch.uint8).numpy()})
+        found.append(judge.judge(spoiled, [texts[i] for i in at], [truth[i] for i in at])
+                     | {"pictures": (spoiled[:3] * 255).round().to(torch.uint8).numpy()})
     return {name: np.stack([one[name] for one in found]) for name in found[0]}
 
 

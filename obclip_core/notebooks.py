@@ -26,6 +26,7 @@ from typing import Any
 import nbformat
 from PIL import Image
 
+from obclip_core.machine import machine, versions
 from obclip_core.provenance import ROOT, digest, imports, sources, write_whole
 from obclip_core.sweep import Setting, add_arguments
 
@@ -182,7 +183,23 @@ def run(setting: Setting, only: Sequence[str] = (), root: Path = ROOT) -> None:
         print(f"{book.name}: running, because {why}", flush=True)
         begin = time.monotonic()
         execute(book, setting, root)
-        print(f"{book.name}: done in {time.monotonic() - begin:.0f} s", flush=True)
+        seconds = round(time.monotonic() - begin)
+        record(book, setting, seconds)
+        print(f"{book.name}: done in {seconds} s", flush=True)
+
+
+def record(book: Notebook, setting: Setting, seconds: int) -> None:
+    """Note in run.json of the results folder with what the notebook was run: parameters, seconds, versions, machine.
+
+    The seconds are of this run: cells that an earlier one had computed were read.
+    """
+    path = setting.folder / "run.json"
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        said = {}
+    said[book.name] = {"parameters": asdict(setting), "seconds": seconds, "machine": machine(), "versions": versions()}
+    write_whole(path, json.dumps(said, indent=1, sort_keys=True).encode() + b"\n")
 
 
 def publish(setting: Setting, only: Sequence[str] = (), root: Path = ROOT) -> None:

@@ -8,6 +8,7 @@ row, when the table has a column artefact.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import tomllib
@@ -44,7 +45,7 @@ def report(folder: Path, world: str) -> str:
         paper = printed[printed.table.astype(str) == artefact["id"].removeprefix("table")].drop(columns="table")
         summary.append(_summary(artefact, parts, pictures))
         sections += _section(artefact, paper, parts, pictures)
-    text = ["# The paper beside ours", "", f"Results in `results/{folder.name}/`, world `{world}`.", ""]
+    text = ["# The paper beside ours", "", f"Results in `results/{folder.name}/`, world `{world}`.", *_made(folder), ""]
     text += [markdown(pd.DataFrame(summary)), "", *sections]
     rest = [name for name in figures if name not in used]
     others = {name: table for name, table in tables.items() if name not in used}
@@ -54,6 +55,19 @@ def report(folder: Path, world: str) -> str:
         text += ["## Beyond the paper", "", *_pictures(rest)]
         text += [line for name, table in others.items() for line in _table(name, table)]
     return "\n".join(text).rstrip() + "\n"
+
+
+def _made(folder: Path) -> Iterator[str]:
+    """On which machines, with which seeds and which torch the notebooks ran, as run.json has it in full."""
+    if not (folder / "run.json").is_file():
+        return
+    runs = json.loads((folder / "run.json").read_text(encoding="utf-8")).values()
+    for said in dict.fromkeys(
+        "{processor}, {cores} cores, {instruction_set}{gpu}".format(
+            **one["machine"] | {"gpu": one["machine"]["gpu"] and f", {one['machine']['gpu']}"})
+        + f"; seed {one['parameters']['seed']}; torch {one['versions']['torch']}" for one in runs
+    ):
+        yield f"Made on: {said} ([run.json](run.json): parameters, versions and seconds of each notebook)."
 
 
 def belongs(name: str, artefact: dict) -> bool:

@@ -11,6 +11,7 @@ import sys
 import nbformat
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from obclip_core import notebooks
@@ -81,8 +82,12 @@ def test_a_notebook_runs_again_when_something_it_depends_on_changed_and_not_othe
     results = tree(setting.folder)
     assert set(results) == {
         "tables/first.csv", "tables/second.csv", "notebooks/00_first.ipynb", "notebooks/01_second.ipynb",
-        ".stamps/00_first.json", ".stamps/01_second.json",
+        ".stamps/00_first.json", ".stamps/01_second.json", "run.json",
     }  # fmt: skip
+    said = json.loads(results["run.json"])
+    assert list(said) == both
+    assert said["01_second"]["parameters"] == {"preset": "smoke", "world": "portraits", "seed": 0}
+    assert said["00_first"]["versions"]["torch"] == torch.__version__ and said["00_first"]["seconds"] >= 0
     assert str(project) not in results["notebooks/00_first.ipynb"].decode()
     assert run() == []
     assert tree(setting.folder) == results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 
@@ -82,6 +83,15 @@ def test_results_find_their_artefact_by_name_by_list_and_by_row(results):
 def test_the_report_is_the_same_text_for_the_same_results(results):
     pd.DataFrame({"n": [1]}).to_csv(results / "tables" / "attacks.csv", index=False)
     assert report.report(results, "portraits") == report.report(results, "portraits")
+
+
+def test_the_report_tells_each_machine_once(results):
+    one = {"machine": {"processor": "A", "cores": 2, "instruction_set": "AVX2", "gpu": ""}, "parameters": {"seed": 3},
+           "versions": {"torch": "2.13.0"}}
+    other = one | {"machine": one["machine"] | {"gpu": "B"}}
+    (results / "run.json").write_text(json.dumps({"00": one, "01": one, "02": other}))
+    made = [line.split(" (")[0] for line in report.report(results, "portraits").splitlines() if line.startswith("Made")]
+    assert made == [f"Made on: A, 2 cores, AVX2{gpu}; seed 3; torch 2.13.0" for gpu in ("", ", B")]
 
 
 # README

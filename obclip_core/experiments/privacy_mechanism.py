@@ -560,11 +560,11 @@ def measure(preset: str, world: str, seed: int) -> tuple[list[Scene], list[dict[
     shape: Mapping[str, int] = chosen.pick(
         smoke={"scenes": 1, "candidates": 6, "T": 5, "reals": 2},
         quick={"scenes": 2, "candidates": 30, "T": 25, "reals": 15},
-        full={"scenes": 40, "candidates": 30, "T": 25, "reals": 30},
+        full={"scenes": 12, "candidates": 30, "T": 25, "reals": 30},
     )
     scenes = [Scene(world, shape["candidates"], shape["T"], shape["reals"], 1000 * seed + i)
               for i in range(shape["scenes"])]
-    return scenes, run(scenes, compute, chosen.cells, depends=depends, label="scenes")
+    return scenes, run(scenes, compute, chosen.cells, depends=depends, workers=chosen.pick(1, 1, 2), label="scenes")
 
 
 # ---------------------------------------------------------------------------- what the tables say, in sentences

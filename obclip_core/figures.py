@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -385,7 +386,8 @@ def cache_fronts(table: pd.DataFrame, metrics: Mapping[str, tuple[str, bool]]) -
             best = table[front(table["macs_ratio"], -table[name] if more else table[name])].sort_values("macs_ratio")
             axes.plot(100 * best["macs_ratio"], best[name], color="0.4", ls="--", lw=1, marker="", zorder=0,
                       label="Pareto front")
-            axes.set(xlabel="multiply-adds left (%)", ylabel=label, title=f"{'more' if more else 'less'} is better")
+            axes.set(xlabel="multiply-adds left (%)", ylabel=fill(label, 24))
+            axes.set_title(f"{'more' if more else 'less'} is better")
         for axes in list(grid.flat)[len(shown):]:
             axes.set_axis_off()
         handles, labels = grid[0, 0].get_legend_handles_labels()

@@ -107,6 +107,20 @@ def test_scorer_batches_change_nothing_and_probabilities_sum_to_one(net, scorer,
         scorer.similarity(images, ["a man"])
 
 
+def test_the_judge_answers_what_single_questions_answer(net, scorer, images):
+    texts = ["a smiling old man"] * 7
+    truth = [{"age": age, "gender": "male", "mood": "smiling"} for age in ("old", "young") * 3 + ("old",)]
+    told, right = scorer.judge(images, texts, truth), scorer.correct(images, truth)
+    assert np.array_equal(told["attribute_accuracy"], (right["age"] + right["gender"]) / 2)
+    assert np.array_equal(told["context_accuracy"], right["mood"])
+    assert np.allclose(told["clip_score"], scorer.similarity(images, texts), atol=1e-6)
+    assert np.array_equal(told["features"], scorer.features(images).numpy())
+    assert told["probabilities"].shape == (7, 30)
+    bare = metrics.ScorerNet(net.config | {"heads": {name: HEADS[name] for name in metrics.SENSITIVE}})
+    nothing = metrics.Scorer(bare.eval()).judge(images, texts, truth)["context_accuracy"]
+    assert np.isnan(nothing).all() and len(nothing) == 7
+
+
 def test_scorer_of_a_world_a_folder_or_nothing(net, tmp_path):
     net.save(tmp_path)
     world = type("World", (), {"name": "tiny", "scorer": tmp_path})()

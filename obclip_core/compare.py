@@ -1,9 +1,10 @@
 """Compare two runs, table by table: python -m obclip_core.compare [--preset quick | OLD NEW]
 
 Without folders, the tables of results/<preset>/ are compared with those of the last commit, so a fresh run on another
-machine tells where it left the committed one. Texts, counts and verdicts must be equal. A number may differ by
-0.01 + 5 % of the old one, or lie inside the old one's interval: another processor rounds otherwise, and over 25
-denoising steps that can tip the reading of a picture. What was measured by a clock is not compared.
+machine tells where it left the committed one. Texts, counts and verdicts must be equal. A number, or the size of coded
+latents, may differ by 0.01 + 5 % of the old one, or lie inside the old one's interval: another processor rounds
+otherwise, and over 25 denoising steps that can tip the reading of a picture. What was measured by a clock is not
+compared.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from obclip_core.sweep import Setting, add_arguments
 
 ABSOLUTE, RELATIVE = 0.01, 0.05
 TIMED = re.compile(r"second|latency|overhead|_s$", re.I)
+SIZES = ("bytes_down",)  # of coded latents, whose last digits the coding follows; what goes up must be equal
 REMARKS = ("why", "note")  # sentences, which quote numbers that are compared elsewhere
 COLUMNS = ["table", "row", "column", "old", "new"]
 
@@ -55,7 +57,8 @@ def _cells(name: str, old: pd.DataFrame, new: pd.DataFrame) -> Iterator[tuple[in
             continue
         a, b = old[column], new[column]
         same = (a == b) | (a.isna() & b.isna())
-        if pd.api.types.is_float_dtype(a) and pd.api.types.is_numeric_dtype(b):
+        measured = pd.api.types.is_float_dtype(a) or column in SIZES
+        if measured and pd.api.types.is_numeric_dtype(b):
             same |= (a - b).abs() <= ABSOLUTE + RELATIVE * a.abs()
             low, high = _interval(old, column)
             same |= (low <= b) & (b <= high)

@@ -40,6 +40,13 @@ def test_verdicts_and_counts_must_be_equal():
     assert left(n=[3, 5]) == [(1, "n")]
 
 
+def test_the_size_of_coded_latents_is_measured_and_that_of_the_offer_is_exact():
+    sizes = pd.DataFrame({"bytes_up": [2798], "bytes_down": [521902]})
+    assert compare({"t": sizes}, {"t": sizes.assign(bytes_down=[521918])}).empty
+    assert list(compare({"t": sizes}, {"t": sizes + 16}).column) == ["bytes_up"]
+    assert list(compare({"t": sizes}, {"t": sizes.assign(bytes_down=[600000])}).column) == ["bytes_down"]
+
+
 def test_what_a_clock_measured_and_what_a_sentence_quotes_are_not_compared():
     assert left(cloud_seconds=[9.0, 9.0], why=["2.0", "41"]) == []
     timed = pd.DataFrame({"metric": ["latency", "kid"], "value": [1.0, 1.0]})

@@ -132,6 +132,8 @@ def write(net: nn.Module, part: str) -> None:
     """Write a part's weights as fp16 safetensors, whole or not at all."""
     whole, half = WEIGHTS / part, WEIGHTS / f".{part}"
     copy.deepcopy(net).half().save_pretrained(half)
+    config = half / "config.json"  # names the folder on this machine from which a model was loaded
+    config.write_text("".join(line for line in config.open() if "_name_or_path" not in line))
     whole.mkdir(parents=True, exist_ok=True)
     for file in half.iterdir():
         file.rename(whole / file.name)

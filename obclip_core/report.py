@@ -61,12 +61,13 @@ def _made(folder: Path) -> Iterator[str]:
     """On which machines, with which seeds and which torch the notebooks ran, as run.json has it in full."""
     if not (folder / "run.json").is_file():
         return
-    runs = json.loads((folder / "run.json").read_text(encoding="utf-8")).values()
-    for said in dict.fromkeys(
-        "{processor}, {cores} cores, {instruction_set}{gpu}".format(
-            **one["machine"] | {"gpu": one["machine"]["gpu"] and f", {one['machine']['gpu']}"})
-        + f"; seed {one['parameters']['seed']}; torch {one['versions']['torch']}" for one in runs
-    ):
+    made = []
+    for one in json.loads((folder / "run.json").read_text(encoding="utf-8")).values():
+        on = one["machine"]
+        parts = [on["processor"], f"{on['cores']} cores", on["instruction_set"], on["gpu"]]
+        machine = ", ".join(part for part in parts if part)
+        made.append(f"{machine}; seed {one['parameters']['seed']}; torch {one['versions']['torch']}")
+    for said in dict.fromkeys(made):
         yield f"Made on: {said} ([run.json](run.json): parameters, versions and seconds of each notebook)."
 
 
